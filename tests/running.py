@@ -1,0 +1,19 @@
+"""Runs the command line as a user would, with the fault backends installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAULTS = Path(__file__).parent / "faults"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FAULTS)]), "COLUMNS": "150"}
+
+
+def moebench(*arguments, cwd, check=None, timeout=300):
+    """The finished process; its exit code must be `check` where one is given."""
+    command = [sys.executable, "-m", "moebench", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+    if check is not None:
+        assert done.returncode == check, (done.returncode, done.stdout[-3000:], done.stderr[-3000:])
+    return done
