@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # this module is imported where torch is not installed
 ActDtype = Literal["bf16", "mxfp8", "mxfp8_ocp"]
 ACT_DTYPES: tuple[ActDtype, ...] = get_args(ActDtype)
 
+Experts = Callable[["Tokens"], "Tensor"]  # what prepare returns
+
 
 class Backend(Protocol):
     """One way to compute the local experts of an MoE layer."""
@@ -41,6 +43,3 @@ class Backend(Protocol):
         alone, and returns bf16 [M, H], the weighted sum over this rank's experts only."""
         ...
 
-
-if TYPE_CHECKING:
-    Experts = Callable[[Tokens], Tensor]

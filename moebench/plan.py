@@ -7,6 +7,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -166,7 +167,8 @@ class _Expansion:
         self.seeds = self._ints("seed", [0], 0, (1 << 31) - 1)
         self.routings = self._items("routing") or ["uniform"]
         self.archs = self._words("arch", [], ARCHS, lambda word: f"unknown architecture{did_you_mean(word, ARCHS)}")
-        self.backends = self._words("backend", list(known_backends), known_backends, unknown_backend)
+        plain = [name for name in known_backends if "@" not in name]  # a variant runs when it is named
+        self.backends = self._words("backend", plain, known_backends, unknown_backend)
         self.ep_ranks = self._ranks("ep_ranks", "all")
         self.tp_ranks = self._ranks("tp_ranks", "worst")
 
@@ -251,6 +253,8 @@ class _Expansion:
         for item in self._items(axis):
             if item in known:
                 good.append(item)
+            elif axis == "backend" and "*" in item and any(fnmatchcase(name, item) for name in known):
+                good += [name for name in known if fnmatchcase(name, item)]
             else:
                 hint = "" if axis == "backend" else f"; known: {', '.join(known)}"
                 self.errors.append(f"{self.key(axis)} {item!r}: {complaint(item)}{hint}")

@@ -15,7 +15,7 @@ from moebench.device import Device
 from moebench.routing import Realized
 
 # Schema history; a newer major is not readable by older code.
-# 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, time, run_id
+# 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
 SCHEMA = "1.0"
 
 Status = Literal["ok", "skipped", "wrong", "nonfinite", "unwritten", "input_changed", "nondeterministic", "failed"]
@@ -33,7 +33,7 @@ class Error:
     """Distance of an output from the reference of its activation format."""
 
     rel_l2: float  # ||out - ref|| / ||ref||
-    worst: float  # max |out - ref| / max(|ref|, rms(ref))
+    worst: float  # max |out - ref| / max(|ref|, rms of its token, rms of its column)
     worst_token: int
     worst_column: int
     max_abs: float
@@ -79,6 +79,14 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A GPU kernel that one call launched."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     case: Case
     backend: str
@@ -91,6 +99,8 @@ class Record:
     timing: Timing | None = None
     routing: Realized | None = None
     prepare_s: float | None = None
+    facts: dict[str, str | int | float] = field(default_factory=dict)  # what the backend says of itself: padding, tactics, tuning
+    kernels: tuple[Kernel, ...] = ()  # what one call really launched, in order of first launch; empty on a CPU
     run_id: str = ""
     time: str = ""  # UTC, when the record was made
     schema: str = SCHEMA
@@ -139,6 +149,8 @@ def record_from_dict(row: dict[str, object]) -> Record:
         value = row.get(name)
         if isinstance(value, dict):
             values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    kernels: list[dict[str, str | int]] = row.get("kernels", [])  # type: ignore[assignment]
+    values["kernels"] = tuple(Kernel(**kernel) for kernel in kernels)  # type: ignore[arg-type]
     if values["status"] not in STATUSES:
         raise ValueError(f"status {values['status']!r} is not one of {', '.join(STATUSES)}")
     return Record(**values)  # type: ignore[arg-type]
@@ -195,13 +207,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def merge(runs: Iterable[Run]) -> list[Record]:
-    """One record per key. A measured row beats a skip of the same key (another machine ran that arch), a later run an earlier one."""
-    chosen: dict[tuple[str, str, str], Record] = {}
+    """One record per key and L2 state. A later run beats an earlier one, and a measured row beats a skip, which another machine wrote
+    for an arch that is not its own."""
+    chosen: dict[tuple[object, ...], Record] = {}
     for record in sorted((r for run in runs for r in run.records), key=lambda r: r.time):
-        known = chosen.get(record.key)
-        if known is None or record.status != "skipped" or known.status == "skipped":
-            chosen[record.key] = record
-    return list(chosen.values())
+        chosen[(*record.key, record.status == "skipped", record.timing.l2 if record.timing else None)] = record
+    attempted = {record.key for record in chosen.values() if record.status != "skipped"}
+    return [record for record in chosen.values() if record.status != "skipped" or record.key not in attempted]
 
 
 def _parse(journal: Path, number: int, line: bytes) -> Record:

@@ -23,7 +23,7 @@ from moebench.plan import Plan, Point
 from moebench.record import Record, record_from_dict
 
 # Seconds a worker may stay silent in each phase. jit: a vendor library may compile for minutes at its first call.
-DEADLINES_S: Mapping[str, float] = {"start": 120, "import": 120, "alloc": 300, "jit": 1800, "check": 900, "time": 900, "teardown": 60}
+DEADLINES_S: Mapping[str, float] = {"start": 120, "import": 120, "alloc": 300, "jit": 1800, "check": 900, "time": 900, "trace": 120}
 MAX_RESTARTS = 3  # of one group after workers that died; then its remaining cases are failed with the reason
 
 ROOT = Path(__file__).parents[1]  # so that a worker of a bare checkout finds moebench from any working directory

@@ -29,6 +29,7 @@ class StopRule:
 
 
 GPU_RULE = StopRule(min_samples=40, max_samples=400, max_s=2.0, warmup_s=0.1, batch=20)
+ONCE = StopRule(min_samples=1, max_samples=1, max_s=0.0)
 CPU_RULE = StopRule(min_samples=3, max_samples=50, max_s=3.0, target=0.02)
 
 
@@ -170,7 +171,7 @@ def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor | No
     """(graph, its output, "") or (None, None, why not)."""
     import torch
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # capture wants lazily made handles and workspaces to exist
         for _ in range(3):

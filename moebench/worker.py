@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch is imported in phase "import", under its deadline
     from moebench.backend import Experts
     from moebench.problem import Layer
 
-Phase = Literal["import", "alloc", "jit", "check", "time", "teardown"]
+Phase = Literal["import", "alloc", "jit", "check", "time", "trace"]
 
 
 def main(pipe: BinaryIO) -> None:
@@ -77,6 +77,7 @@ class Worker:
                 from moebench.problem import make_layer
 
                 layer = make_layer(self._cases[0], device.torch or "cpu")
+                checksum = layer.checksum()
             started = perf_counter()
             with self._in("jit"):
                 experts = backend.prepare(layer, max(case.num_tokens for case in self._cases))
@@ -90,7 +91,7 @@ class Worker:
             with self._range(f"case|{self._name}|{case.key}"):
                 started_record = replace(blank, case=case, prepare_s=prepare_s)
                 try:
-                    record = self._one(started_record, device, backend, layer, experts)
+                    record = self._one(started_record, device, backend, layer, checksum, experts)
                 except Exception as error:  # noqa: BLE001  a kernel may raise anything
                     self._record(self._failure(started_record, error))
                     if _device_is_poisoned(device):
@@ -98,7 +99,7 @@ class Worker:
                 else:
                     self._record(record)
 
-    def _one(self, record: Record, device: Device, backend: Backend, layer: Layer, experts: Experts) -> Record:
+    def _one(self, record: Record, device: Device, backend: Backend, layer: Layer, checksum: int, experts: Experts) -> Record:
         """Reference, check, time. No time is taken of a call whose output is wrong."""
         import torch
 
@@ -107,30 +108,42 @@ class Worker:
         from moebench.reference.diagnosis import explain
         from moebench.reference.torch_experts import experts as reference
         from moebench.routing import assign, realized
-        from moebench.timing import CPU_RULE, GPU_RULE, CudaStopwatch, Stopwatch, WallStopwatch, measure
+        from moebench.timing import CPU_RULE, GPU_RULE, ONCE, CudaStopwatch, Stopwatch, WallStopwatch, measure
+        from moebench.trace import launched_kernels, missing_kernel
 
         case = record.case
         with self._in("alloc"):
             assignment = assign(case)
             tokens = make_tokens(case, device.torch or "cpu", assignment)
-            record = replace(record, routing=realized(case, assignment))
+            facts: dict[str, str | int | float] = dict(getattr(experts, "facts", {}))
+            record = replace(record, routing=realized(case, assignment), facts=facts)
         with self._in("check"):
             want = reference(layer, tokens, backend.act_dtype)
-            found = inspect(experts, layer, tokens, want, backend.act_dtype)
+            found = inspect(experts, layer, tokens, want, backend.act_dtype, layer_checksum=checksum)
             if found.status != "ok":
-                told = explain(found.output, layer, tokens, backend.act_dtype) if found.output is not None else ""
+                told = explain(found.output, layer, tokens, backend.act_dtype, want) if found.output is not None else ""
                 return replace(record, status=found.status, reason=found.reason + (f" ({told})" if told else ""), error=found.error)
         call = lambda: experts(tokens)  # noqa: E731
         on_gpu = device.is_gpu and not getattr(backend, "computes_on_cpu", False)
         with self._in("time"):
             watch: Stopwatch = CudaStopwatch(call, self._l2, device.l2_bytes) if on_gpu else WallStopwatch(call)
-            timing = measure(watch, GPU_RULE if on_gpu else CPU_RULE)
+            interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # a time that says nothing is taken once
+            timing = measure(watch, GPU_RULE if on_gpu else ONCE if interpreted else CPU_RULE)
         with self._in("check"):
-            again = compare(watch.run(), want, backend.act_dtype)
+            timed = watch.run()
+            if not timed.isfinite().all():
+                return replace(record, status="unwritten", reason=f"what was timed ({timing.clock}) leaves elements of its output unwritten")
+            again = compare(timed, want, backend.act_dtype)
             if not again.ok:
                 reason = f"what was timed ({timing.clock}) gives relative L2 {again.rel_l2:.2e}; the eager call was right"
                 return replace(record, status="wrong", reason=reason, error=again)
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if on_gpu:
+            with self._in("trace"):
+                record = replace(record, kernels=launched_kernels(call))
+            pattern: str | None = getattr(backend, "kernel_pattern", None)
+            if problem := missing_kernel(pattern, record.kernels):
+                return replace(record, status="wrong", reason=problem)
+        if interpreted:
             timing = replace(timing, comparable=False, note="ran in Triton's interpreter: right or wrong is real, the time is not")
         del watch
         if device.is_gpu:

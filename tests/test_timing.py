@@ -78,7 +78,7 @@ def test_the_wall_clock_times_the_call_and_returns_its_output():
 def test_a_cuda_graph_times_a_copy_near_its_bandwidth(l2):
     from moebench.timing import GPU_RULE, CudaStopwatch
 
-    source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")
+    source = torch.ones(1 << 27, dtype=torch.bfloat16, device="cuda")
     watch = CudaStopwatch(lambda: source + 1, l2, torch.cuda.get_device_properties(0).L2_cache_size)
     timing = measure(watch, GPU_RULE)
     assert timing.clock == "cuda_graph"

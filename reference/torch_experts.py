@@ -1,0 +1,130 @@
+"""The experts in float32 torch, one at a time: the truth that outputs are checked against.
+
+    x  = round(hidden_states)                     bf16 as given; "mxfp8", "mxfp8_ocp": MXFP8 of it
+    y  = x @ W13.T + b13                          W13 exact from its packed bytes, products and sums in float32
+    g  = min(y[0::2], limit), u = clamp(y[1::2], -limit, limit)
+    h  = round(g * sigmoid(alpha * g) * (u + beta))    to bf16; then, for mxfp8, MXFP8 of that
+    z  = h @ W2.T + b2
+    out = sum over local experts of weight * z    float32; the last rounding to bf16 is the caller's
+
+Source of the formula: openai/gpt-oss, gpt_oss/torch/model.py (swiglu, MLPBlock). x and h are the inputs of the two GEMMs, so every
+kernel of a format rounds them; y is left in float32, as fused kernels do. act_dtype=None rounds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from moebench.backend import ActDtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from moebench.backend import Experts
+    from moebench.case import Case
+    from moebench.device import Device
+    from moebench.problem import Layer, Swiglu, Tokens
+
+SECONDS_LIMIT = 60  # of one call; a slower reference would look like a hang
+
+
+def experts(
+    layer: Layer, tokens: Tokens, act_dtype: ActDtype | None, activation: Callable[[Tensor, Swiglu], Tensor] | None = None
+) -> Tensor:
+    """float32 [M, H]. Ids of other ranks, or of no expert, are ignored. activation maps y [n, 2 I] to h [n, I] (default swiglu).
+
+    Looks at the ids on the host, so on a GPU it synchronizes and cannot be captured in a graph."""
+    import torch
+
+    from moebench.mx import Mxfp4, dequantize_mxfp4
+
+    x = _round(tokens.hidden_states.float(), act_dtype)
+    out = torch.zeros_like(x)  # float32 [M, H]
+    local_ids = tokens.topk_ids.long() - layer.local_expert_start
+    active = sorted(set(local_ids[(local_ids >= 0) & (local_ids < layer.num_local_experts)].tolist()))
+    with plain_float32():
+        for expert in active:
+            token, slot = (local_ids == expert).nonzero(as_tuple=True)
+            w13 = dequantize_mxfp4(Mxfp4(layer.w13.codes[expert], layer.w13.scales[expert]))  # float32 [2 I, H]
+            y = x[token] @ w13.T
+            if layer.b13 is not None:
+                y += layer.b13[expert]
+            h = (activation or swiglu)(y, layer.swiglu)
+            if act_dtype is not None:
+                h = _round(h.bfloat16().float(), act_dtype)
+            w2 = dequantize_mxfp4(Mxfp4(layer.w2.codes[expert], layer.w2.scales[expert]))  # float32 [H, I]
+            z = h @ w2.T
+            if layer.b2 is not None:
+                z += layer.b2[expert]
+            out.index_add_(0, token, z * tokens.topk_weights[token, slot, None])
+    return out
+
+
+def swiglu(y: Tensor, constants: Swiglu) -> Tensor:
+    """[n, I] from interleaved gate and up columns [n, 2 I]; the gate has no lower limit."""
+    gate, up = y[:, 0::2], y[:, 1::2]
+    if constants.limit is not None:
+        gate, up = gate.clamp(max=constants.limit), up.clamp(-constants.limit, constants.limit)
+    return gate * (constants.alpha * gate).sigmoid() * (up + constants.beta)
+
+
+class TorchExperts:
+    """Plain torch on any device; on a GPU it synchronizes, see experts."""
+
+    name = "torch"
+    act_dtype: ActDtype = "bf16"
+
+    def unsupported(self, case: Case, device: Device) -> str | None:
+        if find_spec("torch") is None:
+            return "torch is not installed; pip install torch"
+        if device.is_gpu:
+            return None
+        # about twice what a core that other programs share took: 3 ns a weight to unpack, 0.05 ns a FLOP
+        return too_slow(case, "torch on a CPU", seconds_per_weight=6e-9, seconds_per_flop=1e-10)
+
+    def prepare(self, layer: Layer, max_num_tokens: int) -> Experts:
+        return lambda tokens: experts(layer, tokens, self.act_dtype).bfloat16()
+
+
+def too_slow(case: Case, what: str, *, seconds_per_weight: float, seconds_per_flop: float) -> str | None:
+    """A sentence if one call would take longer than SECONDS_LIMIT, by the pairs a rank expects and the experts they can touch."""
+    weights = 3 * case.hidden_size * case.local_intermediate_size  # of an expert
+    pairs = case.num_tokens * min(case.top_k, case.num_local_experts)  # at most: every slot may name a local expert
+    seconds = min(case.num_local_experts, pairs) * weights * seconds_per_weight + 2 * pairs * weights * seconds_per_flop
+    if seconds <= SECONDS_LIMIT:
+        return None
+    return f"{what} would take about {seconds:.0f} s a call, more than {SECONDS_LIMIT} s; use fewer tokens, a smaller model, or a GPU"
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """TF32 and bf16 products off, and one CPU thread: unpacking weights is most of the work, and a second thread waits wherever
+    another program holds its core (gpt-oss-20b, 16 tokens, two busy cores: 2.1 s with one thread, 7 to 10 s with two)."""
+    import torch
+
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+
+
+def _round(x: Tensor, act_dtype: ActDtype | None) -> Tensor:
+    """float32 values of bf16 ones, as the format's GEMM reads them."""
+    from moebench.mx import round_mxfp8
+
+    if act_dtype == "mxfp8":
+        return round_mxfp8(x, "round_up")
+    if act_dtype == "mxfp8_ocp":
+        return round_mxfp8(x, "ocp")
+    return x
+
+
+BACKENDS = (TorchExperts(),)

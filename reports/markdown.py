@@ -1,0 +1,207 @@
+"""Runs as one Markdown page."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from shlex import join
+
+from moebench.record import Record, Run, merge
+from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, not_ok, rank_name, skipped
+from moebench.reports.text import clean, count, error, gib, ratio, short, us
+
+ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
+LEGEND = (
+    f"Microseconds, median of all samples. **Bold** is fastest; `{TIE}` ties with it, their 95 % intervals overlap; "
+    f"{DAGGER} does not describe the kernel, so it is never called fastest."
+)
+
+
+def report(runs: Sequence[Run]) -> str:
+    """Everything the runs found, merged: one row per case, backend and architecture."""
+    records = merge(runs)
+    blocks = ["# moebench report", _counts(records), "## Runs", *(_environment(run) for run in runs)]
+    sections = [family for family in families(records) if family.grids()]
+    blocks += ["## Times", LEGEND] if sections else []
+    for family in sections:
+        blocks += _family(family)
+    for title, lines in (
+        ("Numerics", _numerics(records)),
+        ("What ran", _what_ran(records)),
+        ("Skipped", _skips(records)),
+        ("Not ok", _not_ok(records)),
+    ):
+        blocks += [f"## {title}", *lines] if lines else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def escape(text: str) -> str:
+    """Foreign text as plain words inside a table cell or a heading."""
+    return "".join(ESCAPED.get(char, char) for char in clean(text))
+
+
+def _counts(records: Sequence[Record]) -> str:
+    if not records:
+        return "No records."
+    counts = Counter(record.status for record in records)
+    return f"{count(len(records), 'record')}: " + ", ".join(f"{number} {status}" for status, number in counts.most_common()) + "."
+
+
+def _environment(run: Run) -> str:
+    manifest, device = run.manifest, run.manifest.device
+    facts = [device.arch, *([gib(device.memory_bytes)] if device.memory_bytes else [])]
+    facts += [f"{device.num_sms} SMs"] if device.num_sms else []
+    facts += [f"driver {device.driver}"] if device.driver else []
+    versions = {**device.versions, **manifest.versions}
+    lines = [
+        f"### {escape(manifest.run_id)}",
+        "",
+        f"- device: {escape(device.name)} ({escape(', '.join(facts))})",
+        f"- versions: {escape(', '.join(f'{name} {version}' for name, version in versions.items() if version))}",
+        f"- command: {escape(join(manifest.command))}",
+        f"- plan: {escape(manifest.plan_hash)}",
+        f"- started: {escape(manifest.started)}; {count(len(run.records), 'record')}"
+        + (", and a last line that was cut off and is left out" if run.torn else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _family(family: Family) -> list[str]:
+    title = f"### {escape(family.title)} on {escape(family.device)} ({escape(family.arch)})"
+    blocks = [title]
+    for grid in family.grids():
+        how = "; ".join(escape(method) for method in grid.l2_methods)
+        cell = f" Each cell: {family.which_rank}." if family.which_rank else ""
+        blocks += [f"**{grid.title[0].upper()}{grid.title[1:]}**" + (f" ({how})." if how else ".") + cell, _times(grid)]
+        blocks += ["\n".join(f"- {escape(backend)}: {escape(note)}" for backend, note in grid.notes)] if grid.notes else []
+        if speed_ups := _speed_ups(grid):
+            blocks += [f"Times as fast as {escape(str(grid.baseline))}:", speed_ups]
+        if len(family.ranks) > 1:
+            blocks += ["Ranks: the layer waits for the slowest.", _ranks(family, grid)]
+    return [*blocks, *_routing(family)]
+
+
+def _times(grid: Grid) -> str:
+    head = ["tokens", *(escape(name) for name in grid.backends)]
+    return _table(head, [[str(tokens), *(_cell(row[name]) for name in grid.backends)] for tokens, row in grid.rows.items()])
+
+
+def _cell(point: Point) -> str:
+    if point.mark == "fastest":
+        return f"**{point.text}**"
+    return f"{TIE} {point.text}" if point.mark == "tie" else point.text
+
+
+def _speed_ups(grid: Grid) -> str:
+    """Nothing where there is nothing to divide."""
+    found = {(tokens, name): grid.speed_up(tokens, name) for tokens in grid.rows for name in grid.backends if name != grid.baseline}
+    shown = [name for name in grid.backends if any(found.get((tokens, name)) for tokens in grid.rows)]
+    rows = [[str(tokens), *(found[tokens, name] for name in shown)] for tokens in grid.rows]
+    return _table(["tokens", *(escape(name) for name in shown)], [row for row in rows if any(row[1:])]) if shown else ""
+
+
+def _ranks(family: Family, grid: Grid) -> str:
+    rows = [
+        [
+            str(tokens),
+            escape(point.backend),
+            f"{len(point.timed)}/{point.num_ranks}",
+            us(point.slowest_us),
+            rank_name(family.case, point.slowest.case.tp_rank, point.slowest.case.ep_rank),
+            us(point.mean_us),
+            ratio(point.slowest_us / point.mean_us) if point.mean_us else "",
+        ]
+        for tokens, row in grid.rows.items()
+        for point in row.values()
+        if point.slowest
+    ]
+    return _table(["tokens", "backend", "ranks timed", "slowest us", "which", "mean us", "slowest / mean"], rows, left=(1, 4))
+
+
+def _routing(family: Family) -> list[str]:
+    """What the cases really routed; the same for every backend, so it is shown once."""
+    found = {(r.case.num_tokens, r.case.tp_rank, r.case.ep_rank): r.routing for r in family.records if r.routing is not None}
+    rows = []
+    for tokens in sorted({key[0] for key in found}):
+        here = [routing for key, routing in found.items() if key[0] == tokens]
+        active, pairs = ([getattr(routing, name) for routing in here] for name in ("active_experts", "local_pairs"))
+        rows.append([str(tokens), _span(active), _span(pairs), f"{here[0].load_max_over_mean:.2f}"])
+    note = f"Routing over {count(family.case.num_local_experts, 'local expert')}:"
+    return [note, _table(["tokens", "active experts", "local pairs", "load max / mean"], rows)] if rows else []
+
+
+def _numerics(records: Iterable[Record]) -> list[str]:
+    """Worst error of each backend over all its cases, and where it was."""
+    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.error is not None:
+            found[record.backend, record.act_dtype, record.arch].append(record)
+    rows = []
+    for (backend, act_dtype, arch), group in found.items():
+        rel = max(group, key=lambda r: r.error.rel_l2 if r.error else 0.0)
+        worst = max(group, key=lambda r: r.error.worst if r.error else 0.0)
+        assert rel.error is not None  # grouped above
+        assert worst.error is not None
+        rows.append(
+            [
+                escape(backend),
+                escape(act_dtype),
+                escape(arch),
+                str(len(group)),
+                f"{error(rel.error.rel_l2)} / {error(rel.error.rel_l2_tolerance)}",
+                escape(rel.case.label),
+                f"{error(worst.error.worst)} / {error(worst.error.worst_tolerance)}",
+                f"{escape(worst.case.label)}, token {worst.error.worst_token}, column {worst.error.worst_column}",
+            ]
+        )
+    if not rows:
+        return []
+    head = ["backend", "activations", "arch", "cases", "relative L2 / tolerance", "at", "worst element / tolerance", "at"]
+    note = (
+        "Distance from the reference of the same activation format, largest over all cases. "
+        "An element's error is relative to its own size or to the rms of all, whichever is larger."
+    )
+    return [note, _table(head, rows, left=(0, 1, 2, 5, 7))]
+
+
+def _what_ran(records: Iterable[Record]) -> list[str]:
+    """The kernels that calls really launched, with what backends say of themselves, once for all cases where both agree."""
+    found: dict[tuple[str, str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.kernels or record.facts:
+            kernels = ", ".join(short(kernel.name) + (f" x{kernel.count}" if kernel.count > 1 else "") for kernel in record.kernels)
+            facts = ", ".join(f"{name}={value}" for name, value in record.facts.items())
+            found[record.backend, record.arch, facts, kernels].append(record)
+    rows = [
+        [escape(backend), escape(arch), escape(facts), escape(kernels), str(len(group)), escape(group[0].case.label)]
+        for (backend, arch, facts, kernels), group in found.items()
+    ]
+    head = ["backend", "arch", "facts", "kernels of one call", "cases", "such as"]
+    return [_table(head, rows, left=(0, 1, 2, 3, 5))] if rows else []
+
+
+def _skips(records: Iterable[Record]) -> list[str]:
+    rows = [
+        [str(len(group)), escape(group[0].reason), escape(_backends(group)), escape(group[0].case.label)]
+        for group in by_reason(skipped(records))
+    ]
+    return [_table(["points", "reason", "backends", "such as"], rows, left=(1, 2, 3))] if rows else []
+
+
+def _not_ok(records: Iterable[Record]) -> list[str]:
+    rows = [[r.status, escape(r.backend), escape(r.case.label), escape(r.arch), escape(r.reason)] for r in not_ok(records)]
+    return [_table(["status", "backend", "case", "arch", "reason"], rows, left=range(5))] if rows else []
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = ()) -> str:
+    """Columns are right-aligned except those in `left`."""
+    ruler = [":--" if column in left else "--:" for column in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows))
+
+
+def _backends(records: Iterable[Record]) -> str:
+    return ", ".join(dict.fromkeys(record.backend for record in records))
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"

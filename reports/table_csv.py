@@ -1,0 +1,77 @@
+"""Records as one CSV table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+
+from moebench.case import CASE_FIELDS
+from moebench.record import Error, Record, Timing
+from moebench.reports.text import clean
+from moebench.routing import Realized
+
+Value = str | int | float | bool | tuple[int, ...] | None
+
+RECORD = ("run_id", "time", "schema", "backend", "act_dtype", "arch", "device", "status", "reason", "prepare_s")
+RAN = ("facts", "kernels")
+TIMING: dict[str, Callable[[Timing], Value]] = {
+    "median_us": lambda timing: timing.median_us,
+    "q1_us": lambda timing: timing.quartiles_us[0],
+    "q3_us": lambda timing: timing.quartiles_us[1],
+    "ci_low_us": lambda timing: timing.interval_us[0],
+    "ci_high_us": lambda timing: timing.interval_us[1],
+    "n_samples": lambda timing: len(timing.samples_us),
+    "clock": lambda timing: timing.clock,
+    "l2": lambda timing: timing.l2,
+    "l2_method": lambda timing: timing.l2_method,
+    "warmup_calls": lambda timing: timing.warmup_calls,
+    "comparable": lambda timing: timing.comparable,
+    "timing_note": lambda timing: timing.note,
+}
+ERROR = tuple(field.name for field in fields(Error))
+REALIZED = tuple(field.name for field in fields(Realized))
+HEADER = (*RECORD, *CASE_FIELDS, *TIMING, *ERROR, *(f"routing_{name}" for name in REALIZED), *RAN)
+
+
+def rows(records: Iterable[Record]) -> str:
+    """A header and one row per record, numbers in full; a cell is empty where a record has no such fact."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    writer.writerows([_cell(value) for value in _values(record)] for record in records)
+    return text.getvalue()
+
+
+def _values(record: Record) -> list[Value]:
+    return [
+        *(getattr(record, name) for name in RECORD),
+        *(getattr(record.case, name) for name in CASE_FIELDS),
+        *(value(record.timing) if record.timing else None for value in TIMING.values()),
+        *(getattr(record.error, name, None) for name in ERROR),
+        *(getattr(record.routing, name, None) for name in REALIZED),
+        "; ".join(f"{name}={value}" for name, value in record.facts.items()),
+        "; ".join(f"{kernel.count} {kernel.name}" for kernel in record.kernels),
+    ]
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return _no_formula(clean(value)) if isinstance(value, str) else repr(value)
+
+
+def _no_formula(text: str) -> str:
+    """Spreadsheets compute a cell that starts with = + - @; an apostrophe keeps it text."""
+    if not text.startswith(("=", "+", "-", "@")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text

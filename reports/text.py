@@ -1,0 +1,42 @@
+"""Numbers and foreign text, made fit to print."""
+
+from unicodedata import category
+
+
+def us(value: float) -> str:
+    """Microseconds with three or four digits: 0.912, 9.12, 91.2, 912.3, 9123."""
+    if value >= 1000:
+        return f"{value:.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def ratio(value: float) -> str:
+    """1.07x, 12.3x, 480x."""
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def error(value: float) -> str:
+    """A relative error with two digits after the point: 3.62e-03."""
+    return f"{value:.2e}"
+
+
+def gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.0f} GiB"
+
+
+def count(number: int, noun: str) -> str:
+    """1 point, 2 points."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def short(text: str, length: int = 100) -> str:
+    """At most so many characters: C++ kernel names are templates of templates."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def clean(text: str) -> str:
+    """One line without control, formatting or unpaired surrogate characters: what a record says may not steer a terminal."""
+    kept = "".join(char for char in text if char.isspace() or not category(char).startswith("C"))
+    return " ".join(kept.split())
