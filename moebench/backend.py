@@ -13,8 +13,9 @@ if TYPE_CHECKING:  # this module is imported where torch is not installed
     from moebench.problem import Layer, Tokens
 
 # What the inputs of both GEMMs are rounded to. mxfp8: E4M3 in blocks of 32 whose E8M0 scale is rounded up, so that nothing
-# saturates (FlashInfer, TensorRT-LLM); mxfp8_ocp: scale rounded down as OCP MX v1.0 says, values above 448 saturate.
-ActDtype = Literal["bf16", "mxfp8", "mxfp8_ocp"]
+# saturates (FlashInfer, TensorRT-LLM); mxfp8_ocp: scale rounded down as OCP MX v1.0 says, values above 448 saturate; fp8: E4M3 with
+# one float32 scale a row, taken from the row's largest element at run time (W4A8 on Hopper).
+ActDtype = Literal["bf16", "mxfp8", "mxfp8_ocp", "fp8"]
 ACT_DTYPES: tuple[ActDtype, ...] = get_args(ActDtype)
 
 Experts = Callable[["Tokens"], "Tensor"]  # what prepare returns
@@ -42,4 +43,3 @@ class Backend(Protocol):
         Returns the call that is checked and timed: it enqueues on the current stream, never synchronizes, leaves its tokens
         alone, and returns bf16 [M, H], the weighted sum over this rank's experts only."""
         ...
-

@@ -1,7 +1,8 @@
 """One point of a sweep, as plain numbers."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 BLOCK = 32  # elements along K that share one E8M0 scale; tensor-parallel shards are multiples of it
 
@@ -182,17 +183,22 @@ def shape_error(case: Case) -> str | None:
         return f"num_experts={case.num_experts} does not divide over ep_size={case.ep_size}; sizes that fit: {fits}"
     blocks = case.intermediate_size // BLOCK
     if case.tp_size < 1 or -(-blocks // max(case.tp_size, 1)) * (case.tp_size - 1) >= blocks:
-        return f"tp_size={case.tp_size} leaves a rank without work: intermediate_size={case.intermediate_size} is {blocks} blocks of {BLOCK}; try 1, 2, 4 or 8"
+        work = f"intermediate_size={case.intermediate_size} is {blocks} blocks of {BLOCK}"
+        return f"tp_size={case.tp_size} leaves a rank without work: {work}; try 1, 2, 4 or 8"
     for rank, size in (("ep_rank", case.ep_size), ("tp_rank", case.tp_size)):
         if not 0 <= getattr(case, rank) < size:
             return f"{rank}={getattr(case, rank)} is not between 0 and {size - 1}"
     return None
 
 
-def did_you_mean(word: str, known: object) -> str:
-    """`; did you mean 'x'?` when a known word is near, else nothing."""
-    near = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when a known word, or the beginning of one, is near; else nothing."""
+
+    def nearness(name: str) -> float:
+        return max(SequenceMatcher(None, word, part).ratio() for part in (name, name[: len(word) + 1]))
+
+    best = max(known, key=nearness, default="")
+    return f"; did you mean {best!r}?" if best and nearness(best) >= 0.6 else ""
 
 
 CASE_FIELDS = tuple(field.name for field in fields(Case))

@@ -59,7 +59,9 @@ def _axes(command: click.decorators.FC) -> click.decorators.FC:
 @main.command()
 @_axes
 @click.option("--l2", type=click.Choice(["cold", "hot"]), help="State of the L2 cache before each sample.  [default: cold]")
-@click.option("--plan", "plan_file", metavar="NAME|FILE", help="A shipped plan (quick, gpt-oss, ep) or a TOML file; axes given here replace its own.")
+@click.option(
+    "--plan", "plan_file", metavar="NAME|FILE", help="A shipped plan (quick, gpt-oss, ep) or a TOML file; axes given here replace its own."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory.  [default: runs/<id>]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out (or the newest of the same plan): do only what is missing.")
 @click.option("--dry-run", is_flag=True, help="Print the expanded plan, its skips and the memory it needs; run nothing.")
@@ -205,7 +207,13 @@ def _run_directory(plan: Plan, out: Path | None, resume: bool) -> Path:
     if same:
         return same[0]
     if out:
-        _fail([f"{out} holds a run of another plan ({manifests[0][1].plan_hash}, this is {plan.hash}); repeat its command: {' '.join(manifests[0][1].command)}"], USAGE)
+        _fail(
+            [
+                f"{out} holds a run of another plan ({manifests[0][1].plan_hash}, this is {plan.hash}); "
+                f"repeat its command: {' '.join(manifests[0][1].command)}"
+            ],
+            USAGE,
+        )
     _fail([f"no run of this plan under {RUNS}/ to resume; name one with --out, or leave --resume out"], USAGE)
 
 
@@ -235,7 +243,9 @@ def _dry_run(plan: Plan, found: Survey, console: Console, as_json: bool) -> None
     console.print(terminal.plan_table(rows))
     runnable = sum(row["skip"] is None for row in rows)
     memory = f"{plan.device_bytes / 2**30:.1f} of {found.device.memory_bytes / 2**30:.0f} GiB"
-    console.print(f"{len(rows)} points, {runnable} to run, {len(rows) - runnable} skipped; the largest needs about {memory} on {found.device.name}")
+    console.print(
+        f"{len(rows)} points, {runnable} to run, {len(rows) - runnable} skipped; the largest needs about {memory} on {found.device.name}"
+    )
 
 
 def _backend_row(name: str, found: Survey, large: Case, small: Case) -> dict[str, str]:
@@ -305,7 +315,15 @@ class _Display:
         self.counts: Counter[str] = Counter()
         self.progress: Progress | None = None
         if console.is_terminal:
-            bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+            bar = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*bar, console=console, transient=True)
             self.task = self.progress.add_task("starting", total=total, completed=done)
 

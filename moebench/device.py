@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import platform
 
 PACKAGES = ("torch", "triton", "numpy", "flashinfer-python", "nvtx", "nvidia-ml-py")
 

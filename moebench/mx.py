@@ -16,6 +16,7 @@ BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values of codes 0..7; bit 3 is the sign, code 8 is -0
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+LEAST_ROW_AMAX = E4M3_MAX / torch.finfo(torch.float32).max  # a smaller one would make the factor infinite
 SCALE_NAN = 255
 
 ScaleRule = Literal["ocp", "round_up"]
@@ -71,6 +72,21 @@ def dequantize_mxfp8(x: Mxfp8) -> Tensor:
 def round_mxfp8(x: Tensor, scale_rule: ScaleRule = "round_up") -> Tensor:
     """float32 [..., N, K]: x as MXFP8 holds it."""
     return dequantize_mxfp8(quantize_mxfp8(x, scale_rule))
+
+
+def round_fp8_per_token(x: Tensor) -> Tensor:
+    """float32 [..., K]: x as FP8 holds it, each row (last dimension) with its own float32 factor 448 / max |x|, rows of zeros with 1.
+
+    Elements are E4M3, nearest-even, saturating at 448; the GEMM's result is multiplied by 1 / factor. Both GEMMs read such rows: the
+    hidden states (bf16, so a row's copies for several experts are the same), then the activation's float32 result, which is *not*
+    rounded to bf16 before. Zero columns that pad a row change nothing.
+    Source: flashinfer 0.7.2.post1, csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh, computeSafeFP8QuantScale,
+    expandInputRowsKernel (need_per_token_fp8_quant) and doActivationKernel (use_per_token_fp8_quant)."""
+    rows = x.float()
+    amax = rows.abs().amax(-1, keepdim=True)
+    largest = torch.full_like(amax, E4M3_MAX)  # a tensor: torch computes number / tensor as a rounded reciprocal times number
+    factor = torch.where(amax > 0, largest / amax.clamp(min=LEAST_ROW_AMAX), 1.0)
+    return encode_e4m3(rows * factor).float() * (1.0 / factor)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:

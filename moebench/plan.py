@@ -256,7 +256,7 @@ class _Expansion:
             elif axis == "backend" and "*" in item and any(fnmatchcase(name, item) for name in known):
                 good += [name for name in known if fnmatchcase(name, item)]
             else:
-                hint = "" if axis == "backend" else f"; known: {', '.join(known)}"
+                hint = "" if axis == "backend" else f" (known: {', '.join(known)})"
                 self.errors.append(f"{self.key(axis)} {item!r}: {complaint(item)}{hint}")
         return list(dict.fromkeys(good)) if self._items(axis) else default
 
@@ -275,12 +275,16 @@ def _read(file: str, errors: list[str]) -> tuple[list[tuple[str, dict[str, Raw]]
             raise PlanError([f"plan {file}: larger than {MAX_FILE_BYTES} bytes"])
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PlanError([f"plan {file!r} is neither a file nor a shipped plan{did_you_mean(file, shipped())}; shipped: {', '.join(shipped())}"]) from None
+        raise PlanError(
+            [f"plan {file!r} is neither a file nor a shipped plan{did_you_mean(file, shipped())}; shipped: {', '.join(shipped())}"]
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise PlanError([f"plan {file}: {error}"]) from None
     for key in content:
         if key not in ("description", "sweep", "timing"):
-            errors.append(f"{file}: unknown key {key!r}{did_you_mean(key, ('description', 'sweep', 'timing'))}; known: description, sweep, timing")
+            errors.append(
+                f"{file}: unknown key {key!r}{did_you_mean(key, ('description', 'sweep', 'timing'))}; known: description, sweep, timing"
+            )
     tables = content.get("sweep", [])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise PlanError([*errors, f"{file}: needs at least one [[sweep]] table"])
@@ -302,13 +306,13 @@ def _axes(where: str, table: Mapping[str, object], errors: list[str]) -> dict[st
 
 def _l2(timing: object, errors: list[str]) -> L2 | None:
     if not isinstance(timing, dict):
-        errors.append("timing: must be a table, such as [timing] with l2 = \"cold\"")
+        errors.append('timing: must be a table, such as [timing] with l2 = "cold"')
         return None
     for key in timing:
         if key != "l2":
             errors.append(f"timing.{key}: unknown key{did_you_mean(key, ['l2'])}; known: l2")
     value = timing.get("l2")
     if value is not None and value not in ("cold", "hot"):
-        errors.append(f"timing.l2 = {value!r}: give \"cold\" or \"hot\"")
+        errors.append(f'timing.l2 = {value!r}: give "cold" or "hot"')
         return None
     return value

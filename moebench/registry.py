@@ -39,7 +39,9 @@ def load(name: str) -> Backend:
     entry = next(e for e in plugins() if e.name == name)
     backend = entry.load()
     if getattr(backend, "name", None) != name:
-        raise RegistryError(f"entry point {name!r} ({entry.value}) holds a backend named {getattr(backend, 'name', None)!r}; the names must agree")
+        raise RegistryError(
+            f"entry point {name!r} ({entry.value}) holds a backend named {getattr(backend, 'name', None)!r}; the names must agree"
+        )
     return backend  # type: ignore[no-any-return]  # an entry point is untyped
 
 

@@ -58,7 +58,8 @@ def survey(points: Sequence[Point], plugins: Collection[str], log: Path | None =
     act_dtypes: dict[str, str] = {}
     for group in groups:
         cases = list(dict.fromkeys(point.case for point in points if point.backend in group))
-        request = {"op": "survey", "backends": group, "cases": [asdict(case) for case in cases]}
+        known = asdict(device) if device else None  # asking torch takes seconds; once is enough
+        request = {"op": "survey", "backends": group, "cases": [asdict(case) for case in cases], "device": known}
         answered: set[str] = set()
         with _spawn(request, log) as worker:
             for frame in worker.frames():
@@ -263,8 +264,6 @@ def _see(log: Path) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 
 
 def now_id() -> str:

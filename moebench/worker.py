@@ -33,14 +33,13 @@ def main(pipe: BinaryIO) -> None:
     request = json.loads(sys.stdin.readline())
     cases = [Case(**fields) for fields in request["cases"]]
     if request["op"] == "survey":
-        survey(pipe, request["backends"], cases)
+        survey(pipe, request["backends"], cases, Device(**request["device"]) if request["device"] else detect())
     else:
         Worker(pipe, request["run_id"], request["backend"], cases, request["l2"]).run()
 
 
-def survey(pipe: BinaryIO, backends: Sequence[str], cases: Sequence[Case]) -> None:
+def survey(pipe: BinaryIO, backends: Sequence[str], cases: Sequence[Case], device: Device) -> None:
     """What device this is, and for each backend and case the reason it cannot run, if there is one."""
-    device = detect()
     _send(pipe, {"device": asdict(device)})
     for name in backends:
         try:
@@ -132,7 +131,9 @@ class Worker:
         with self._in("check"):
             timed = watch.run()
             if not timed.isfinite().all():
-                return replace(record, status="unwritten", reason=f"what was timed ({timing.clock}) leaves elements of its output unwritten")
+                return replace(
+                    record, status="unwritten", reason=f"what was timed ({timing.clock}) leaves elements of its output unwritten"
+                )
             again = compare(timed, want, backend.act_dtype)
             if not again.ok:
                 reason = f"what was timed ({timing.clock}) gives relative L2 {again.rel_l2:.2e}; the eager call was right"

@@ -46,7 +46,7 @@ def experts(layer: Layer, tokens: Tokens, act_dtype: ActDtype | None) -> Doubles
             y = y + b13[e]
         h = _activate(y, layer.swiglu)
         if act_dtype is not None:
-            h = _gemm_input(_nearest_bf16(h), act_dtype)
+            h = _gemm_input(h if act_dtype == "fp8" else _nearest_bf16(h), act_dtype)
         z = _times_transposed(h, w2[e], s2[e])
         if b2 is not None:
             z = z + b2[e]
@@ -110,7 +110,12 @@ def _unpack(codes: Bytes, scales: Bytes) -> Doubles:
 
 
 def _gemm_input(x: Doubles, act_dtype: ActDtype | None) -> Doubles:
-    """MXFP8 values of x [n, K] for the formats that have them, else x."""
+    """MXFP8 or FP8 values of x [n, K] for the formats that have them, else x."""
+    if act_dtype == "fp8":
+        single = x.astype(np.float32)  # as the kernel multiplies: bf16 values are often ties, and float32 says which way each goes
+        largest = np.abs(single).max(-1, keepdims=True, initial=0)
+        factor = np.where(largest > 0, np.float32(448) / np.maximum(largest, np.float32(1e-30)), np.float32(1))
+        return _nearest_e4m3((single * factor).astype(np.float64)) / factor
     if act_dtype not in ("mxfp8", "mxfp8_ocp"):
         return x
     blocks = x.reshape(len(x), x.shape[1] // 32, 32)
@@ -121,10 +126,15 @@ def _gemm_input(x: Doubles, act_dtype: ActDtype | None) -> Doubles:
     else:
         exponent = _exponent(largest) - 8
     scale = np.ldexp(1.0, np.maximum(exponent, -127))
-    scaled = np.clip(blocks / scale, -448, 448)
-    step = np.ldexp(1.0, np.maximum(_exponent(scaled), -6) - 3)  # three mantissa bits; subnormals below 2^-6
-    rounded: Doubles = np.rint(scaled / step) * step * scale
-    return rounded.reshape(x.shape)
+    return (_nearest_e4m3(blocks / scale) * scale).reshape(x.shape)
+
+
+def _nearest_e4m3(x: Doubles) -> Doubles:
+    """Three mantissa bits, subnormals below 2^-6, saturating at 448, ties to even."""
+    clipped = np.clip(x, -448, 448)
+    step = np.ldexp(1.0, np.maximum(_exponent(clipped), -6) - 3)
+    rounded: Doubles = np.rint(clipped / step) * step
+    return rounded
 
 
 def _exponent(x: Doubles) -> NDArray[np.int32]:

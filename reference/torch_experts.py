@@ -1,9 +1,9 @@
 """The experts in float32 torch, one at a time: the truth that outputs are checked against.
 
-    x  = round(hidden_states)                     bf16 as given; "mxfp8", "mxfp8_ocp": MXFP8 of it
+    x  = round(hidden_states)                     bf16 as given; "mxfp8", "mxfp8_ocp": MXFP8 of it; "fp8": E4M3 with a scale a row
     y  = x @ W13.T + b13                          W13 exact from its packed bytes, products and sums in float32
     g  = min(y[0::2], limit), u = clamp(y[1::2], -limit, limit)
-    h  = round(g * sigmoid(alpha * g) * (u + beta))    to bf16; then, for mxfp8, MXFP8 of that
+    h  = round(g * sigmoid(alpha * g) * (u + beta))    to bf16; then, for mxfp8, MXFP8 of that; for fp8 from float32 at once
     z  = h @ W2.T + b2
     out = sum over local experts of weight * z    float32; the last rounding to bf16 is the caller's
 
@@ -55,7 +55,7 @@ def experts(
                 y += layer.b13[expert]
             h = (activation or swiglu)(y, layer.swiglu)
             if act_dtype is not None:
-                h = _round(h.bfloat16().float(), act_dtype)
+                h = _round(h if act_dtype == "fp8" else h.bfloat16().float(), act_dtype)
             w2 = dequantize_mxfp4(Mxfp4(layer.w2.codes[expert], layer.w2.scales[expert]))  # float32 [H, I]
             z = h @ w2.T
             if layer.b2 is not None:
@@ -117,14 +117,14 @@ def plain_float32() -> Iterator[None]:
 
 
 def _round(x: Tensor, act_dtype: ActDtype | None) -> Tensor:
-    """float32 values of bf16 ones, as the format's GEMM reads them."""
-    from moebench.mx import round_mxfp8
+    """float32 values as the format's GEMM reads them; what comes in is bf16 already, but for fp8."""
+    from moebench.mx import round_fp8_per_token, round_mxfp8
 
     if act_dtype == "mxfp8":
         return round_mxfp8(x, "round_up")
     if act_dtype == "mxfp8_ocp":
         return round_mxfp8(x, "ocp")
-    return x
+    return round_fp8_per_token(x) if act_dtype == "fp8" else x
 
 
 BACKENDS = (TorchExperts(),)

@@ -32,7 +32,8 @@ def test_every_command_has_help(command):
 def test_six_mistakes_are_six_errors_in_under_two_seconds_without_torch():
     code = (
         "import sys; from moebench.cli import main\n"
-        "try: main(['sweep', '--model', 'gpt-oss-20b,gpt-oss-20', '--tokens', '-1,foo', '--top-k', '99', '--ep', '3', '--backend', 'tritn'])\n"
+        "line = 'sweep --model gpt-oss-20b,gpt-oss-20 --tokens -1,foo --top-k 99 --ep 3 --backend tritn'\n"
+        "try: main(line.split())\n"
         "except SystemExit as end: print('torch' in sys.modules, end.code)"
     )
     started = time.monotonic()

@@ -107,7 +107,9 @@ def test_a_file_gives_axes_and_options_replace_them(tmp_path):
 
 def test_everything_wrong_with_a_file_is_said_at_once(tmp_path):
     file = tmp_path / "plan.toml"
-    file.write_text('sweeps = 1\n[[sweep]]\nmodle = "tiny"\ntokens = [1.5]\n[[sweep]]\nmodel = "tiny"\ntokens = "x"\nseed = true\n[timing]\nl2 = "warm"\nl3 = 1\n')
+    first = '[[sweep]]\nmodle = "tiny"\ntokens = [1.5]\n'
+    second = '[[sweep]]\nmodel = "tiny"\ntokens = "x"\nseed = true\n'
+    file.write_text(f'sweeps = 1\n{first}{second}[timing]\nl2 = "warm"\nl3 = 1\n')
     found = errors(str(file))
     for part in (
         "unknown key 'sweeps'; did you mean 'sweep'",
@@ -123,7 +125,13 @@ def test_everything_wrong_with_a_file_is_said_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("[[sweep]", "line 1"), ("", "at least one"), ("sweep = 3", "at least one"), ("x = " + "[" * 3000, "plan.toml"), ("\udcff", "plan.toml")],
+    [
+        ("[[sweep]", "line 1"),
+        ("", "at least one"),
+        ("sweep = 3", "at least one"),
+        ("x = " + "[" * 3000, "plan.toml"),
+        ("\udcff", "plan.toml"),
+    ],
 )
 def test_a_broken_file_is_an_error_that_names_it(tmp_path, content, part):
     file = tmp_path / "plan.toml"

@@ -9,12 +9,14 @@ import pytest
 from moebench.record import load_run
 from tests.running import ENVIRONMENT, moebench
 
+FAULTS = ("raises", "prepare", "nan", "zeros", "writes", "unwritten", "random", "dies", "chatty", "skips", "import", "misnamed", "ok")
+
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     """One sweep over every fault and a right backend."""
     directory = tmp_path_factory.mktemp("faulty")
-    names = "fault_raises,fault_prepare,fault_nan,fault_zeros,fault_writes,fault_unwritten,fault_random,fault_dies,fault_chatty,fault_skips,fault_import,fault_misnamed,fault_ok,torch"
+    names = ",".join([*(f"fault_{name}" for name in FAULTS), "torch"])
     done = moebench("sweep", "--model", "tiny", "--tokens", "2,4,8", "--backend", names, "--out", "run", "--json", cwd=directory, check=3)
     return done, load_run(directory / "run"), directory
 
@@ -87,7 +89,7 @@ def test_resume_does_only_what_is_missing(tmp_path):
     moebench(*command, cwd=tmp_path, check=0)
     journal = tmp_path / "run" / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:2] + [lines[2][:50]]))
+    journal.write_text("".join([*lines[:2], lines[2][:50]]))
     moebench(*command, "--resume", cwd=tmp_path, check=0)
     resumed = journal.read_text().splitlines(keepends=True)
     assert resumed[:2] == lines[:2]
@@ -102,11 +104,16 @@ def test_a_run_directory_is_not_overwritten_nor_resumed_with_another_plan(tmp_pa
     assert "--resume" in moebench(*command, cwd=tmp_path, check=2).stderr
     other = moebench("sweep", "--model", "tiny", "--tokens", "2", "--backend", "torch", "--out", "run", "--resume", cwd=tmp_path, check=2)
     assert "another plan" in other.stderr
-    assert "no run of this plan" in moebench("sweep", "--model", "tiny", "--tokens", "2", "--backend", "torch", "--resume", cwd=tmp_path, check=2).stderr
+    assert (
+        "no run of this plan"
+        in moebench("sweep", "--model", "tiny", "--tokens", "2", "--backend", "torch", "--resume", cwd=tmp_path, check=2).stderr
+    )
 
 
 def test_rows_of_another_architecture_are_skipped_with_a_sentence(tmp_path):
-    moebench("sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--arch", "cpu,sm100", "--out", "run", cwd=tmp_path, check=0)
+    moebench(
+        "sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--arch", "cpu,sm100", "--out", "run", cwd=tmp_path, check=0
+    )
     rows = {r.arch: r for r in load_run(tmp_path / "run").records}
     assert rows["cpu"].status == "ok" or rows["cpu"].reason  # skipped where this test runs on a GPU machine
     assert rows["sm100"].status == "skipped"
@@ -114,12 +121,16 @@ def test_rows_of_another_architecture_are_skipped_with_a_sentence(tmp_path):
 
 
 def test_zero_tokens_work(tmp_path):
-    moebench("sweep", "--model", "tiny", "--tokens", "0", "--backend", "torch,numpy,triton_mxfp4_bf16", "--out", "run", cwd=tmp_path, check=0)
+    moebench(
+        "sweep", "--model", "tiny", "--tokens", "0", "--backend", "torch,numpy,triton_mxfp4_bf16", "--out", "run", cwd=tmp_path, check=0
+    )
     assert {r.status for r in load_run(tmp_path / "run").records} == {"ok"}
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
-    done = moebench("sweep", "--model", "gpt-oss-20b,tiny", "--tokens", "1,16384", "--backend", "torch,fault_skips", "--dry-run", cwd=tmp_path, check=0)
+    done = moebench(
+        "sweep", "--model", "gpt-oss-20b,tiny", "--tokens", "1,16384", "--backend", "torch,fault_skips", "--dry-run", cwd=tmp_path, check=0
+    )
     assert "8 points" in done.stdout
     assert "GiB" in done.stdout
     assert "quantum" in done.stdout
@@ -154,7 +165,7 @@ def test_interrupting_keeps_what_was_measured_and_prints_how_to_go_on(tmp_path):
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if " ok " in line:
+        if line.startswith("ok"):
             break
     process.send_signal(2)
     rest = process.stdout.read()

@@ -1,0 +1,72 @@
+"""Our own Triton kernels: MXFP4 weights dequantized in registers, bf16 activations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moebench.backend import ActDtype, Experts
+    from moebench.case import Case
+    from moebench.device import Device
+    from moebench.problem import Layer, Tokens
+
+MAX_TOP_K = 8
+MAX_CPU_WEIGHTS = 4_000_000  # per layer: Triton's interpreter takes seconds for as many
+MAX_CPU_TOKENS = 64
+
+
+class TritonMxfp4Bf16:
+    name = "triton_mxfp4_bf16"
+    act_dtype: ActDtype = "bf16"
+
+    def unsupported(self, case: Case, device: Device) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed; pip install triton (Linux only)"
+        if case.top_k > MAX_TOP_K:
+            return f"top_k={case.top_k} is more than the {MAX_TOP_K} slots the kernels are written for; give at most {MAX_TOP_K}"
+        if device.is_gpu:
+            if int(device.arch.removeprefix("sm")) < 80:
+                return f"needs bf16 tensor cores, sm80 or later; this is {device.arch}"
+            return None
+        weights = 3 * case.num_local_experts * case.hidden_size * case.local_intermediate_size
+        if weights > MAX_CPU_WEIGHTS:
+            return (
+                f"{weights} weights are too many for Triton's interpreter, which stands in for a GPU here (limit {MAX_CPU_WEIGHTS}); "
+                "use model tiny or a GPU"
+            )
+        if case.num_tokens > MAX_CPU_TOKENS:
+            return (
+                f"num_tokens={case.num_tokens} is too many for Triton's interpreter, which stands in for a GPU here; "
+                f"give at most {MAX_CPU_TOKENS} or use a GPU"
+            )
+        return None
+
+    def prepare(self, layer: Layer, max_num_tokens: int) -> Experts:
+        on_cpu = layer.w13.codes.device.type == "cpu"
+        if on_cpu and "triton" not in sys.modules:
+            # @triton.jit, of our kernels and of triton's own library, looks at this once, when it decorates; a worker process
+            # runs one backend on one device, so nobody else in it is affected.
+            os.environ["TRITON_INTERPRET"] = "1"
+        from moebench.kernels.triton_mxfp4_bf16_details import launch
+
+        if on_cpu and not launch.INTERPRETED:
+            raise RuntimeError(
+                "the weights are on a CPU, but triton was imported in this process to compile for a GPU; "
+                "start a new process, or set TRITON_INTERPRET=1 before anything imports triton"
+            )
+        prepared = launch.prepare(layer)
+        if not on_cpu:
+            launch.warm_up(prepared, max_num_tokens)
+
+        def experts(tokens: Tokens) -> Tensor:
+            return launch.run(prepared, tokens)
+
+        return experts
+
+
+BACKENDS = (TritonMxfp4Bf16(),)
