@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from moebench.kernels.flashinfer_details import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
-    from moebench.backend import ActDtype, Experts
+    from moebench.backend import ActDtype, BuildState, BuildStep, Experts
     from moebench.case import Case
     from moebench.device import Device
     from moebench.kernels.flashinfer_details.fused_moe import FusedMoe, Weights
@@ -52,6 +54,11 @@ class CutlassMxfp4Bf16:
         error = self_test(replace(self, tuned=False), vendor, str(layer.w13.codes.device))
         call = noted(self.build(vendor, layer, max_num_tokens), self_test_rel_l2=error)
         return tuned(call) if self.tuned else call
+
+    def prebuild(self, archs: Sequence[str], jobs: int | None, dry_run: bool) -> Iterator[BuildStep | BuildState]:
+        from moebench.kernels.flashinfer_details.building import SM90_MODULES, prebuild
+
+        return prebuild(SM90_MODULES, archs, jobs, dry_run)
 
     def build(self, vendor: versions.FlashInfer, layer: Layer, max_num_tokens: int) -> FusedMoe:
         """The call, untuned and untested."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from moebench.kernels.flashinfer_details import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
-    from moebench.backend import ActDtype, Experts
+    from moebench.backend import ActDtype, BuildState, BuildStep, Experts
     from moebench.case import Case
     from moebench.device import Device
     from moebench.kernels.cutlass_mxfp4_fp8_details.module import Preprocess
@@ -43,6 +45,15 @@ class CutlassMxfp4Fp8:
         call = self.build(versions.load(), layer, max_num_tokens)
         # a FusedMoe's act_dtype is what it hands over, bf16 here; tactics are kept under what the GEMMs read
         return replace(tuned(replace(call, act_dtype=self.act_dtype)), act_dtype=call.act_dtype)
+
+    def prebuild(self, archs: Sequence[str], jobs: int | None, dry_run: bool) -> Iterator[BuildStep | BuildState]:
+        from moebench.backend import CannotBuild
+        from moebench.kernels.cutlass_mxfp4_fp8_details.module import lacking
+        from moebench.kernels.flashinfer_details.building import SM90_MODULES, prebuild
+
+        if problem := lacking():
+            raise CannotBuild(problem)
+        return prebuild(SM90_MODULES, archs, jobs, dry_run)
 
     def build(self, vendor: versions.FlashInfer, layer: Layer, max_num_tokens: int) -> FusedMoe:
         """The call, untuned."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, ClassVar
 from moebench.kernels.flashinfer_details import versions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
-    from moebench.backend import ActDtype, Experts
+    from moebench.backend import ActDtype, BuildState, BuildStep, Experts
     from moebench.case import Case
     from moebench.device import Device
     from moebench.kernels.flashinfer_details.fused_moe import FusedMoe, Weights
@@ -33,6 +35,9 @@ class CutlassMxfp4Mxfp8:
     # From the sources (moe_gemm_tma_ws_launcher.inl, cutlass/gemm/dispatch_policy.hpp), not yet from a trace: block-scaled grouped
     # GEMMs of sm10x or sm12x whose operands are E4M3 and E2M1, in either order since tactics may swap them.
     kernel_pattern: ClassVar[str] = r"MainloopSm1[02]0ArrayTma\w*WarpSpecializedBlockScaled(?=.*float_e4m3)(?=.*float_e2m1).*float_ue8m0_t"
+    # On Blackwell the second GEMM's epilogue adds its rows to the output with atomics, in the order in which tiles finish
+    # (use_fused_finalize, FlashInfer's default). Also from the sources.
+    deterministic: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -58,6 +63,11 @@ class CutlassMxfp4Mxfp8:
         error = self_test(replace(self, tuned=False), vendor, str(layer.w13.codes.device))
         call = noted(self.build(vendor, layer, max_num_tokens), self_test_rel_l2=error)
         return tuned(call) if self.tuned else call
+
+    def prebuild(self, archs: Sequence[str], jobs: int | None, dry_run: bool) -> Iterator[BuildStep | BuildState]:
+        from moebench.kernels.flashinfer_details.building import MXFP8_MODULES, prebuild
+
+        return prebuild(MXFP8_MODULES, archs, jobs, dry_run)
 
     def build(self, vendor: versions.FlashInfer, layer: Layer, max_num_tokens: int) -> FusedMoe:
         """The call, untuned and untested."""

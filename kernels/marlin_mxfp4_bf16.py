@@ -20,6 +20,9 @@ class MarlinMxfp4Bf16:
     name = "marlin_mxfp4_bf16"
     act_dtype: ActDtype = "bf16"
     kernel_pattern = r"marlin_moe_wna16"
+    # Thread blocks that share a tile along K add their fp32 partial sums in the order in which they finish: on an H200 1 of
+    # 2,949,120 elements differed between two runs of 1024 tokens, by one bf16 step.
+    deterministic = False
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         from moebench.kernels.marlin_mxfp4_bf16_details.library import find

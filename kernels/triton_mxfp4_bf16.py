@@ -23,6 +23,7 @@ MAX_CPU_TOKENS = 64
 class TritonMxfp4Bf16:
     name = "triton_mxfp4_bf16"
     act_dtype: ActDtype = "bf16"
+    kernel_pattern = r"^gate_up_kernel"  # Triton names a kernel after its function
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         if find_spec("triton") is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:  # this module is imported where torch is not installed
     from torch import Tensor
@@ -22,7 +23,14 @@ Experts = Callable[["Tokens"], "Tensor"]  # what prepare returns
 
 
 class Backend(Protocol):
-    """One way to compute the local experts of an MoE layer."""
+    """One way to compute the local experts of an MoE layer.
+
+    A backend may also have, as plain attributes that need not be there:
+    kernel_pattern, a regular expression that the name of one GPU kernel of a call must match, else the row is wrong;
+    computes_on_cpu = True, wherever its tensors are: its time is the host clock's;
+    deterministic = False, where two calls on the same tokens may differ in their bits, because sums are taken in the order in which
+    blocks finish: each checked call must then be within tolerance, and the record says how many elements differed;
+    and, on the call that prepare returns, facts: a dict of str, int and float that goes into the record."""
 
     @property
     def name(self) -> str: ...  # "cutlass_mxfp4_bf16"; unique and stable, baselines use it
@@ -42,4 +50,46 @@ class Backend(Protocol):
 
         Returns the call that is checked and timed: it enqueues on the current stream, never synchronizes, leaves its tokens
         alone, and returns bf16 [M, H], the weighted sum over this rank's experts only."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildStep:
+    """One unit of a module was compiled."""
+
+    module: str
+    done: int  # of total, with what earlier runs did
+    total: int
+    what: str  # the unit, "90_cutlass_kernel_file_gemm_grouped_sm90_M128_Mixed_group39.generated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildState:
+    """A module that a vendor library compiles: once before it is compiled, and once when it is there."""
+
+    module: str  # "fused_moe_90"
+    arch: str
+    path: str  # the library that is there when done == total
+    done: int
+    total: int
+    ship: tuple[str, ...] = ()  # sentences: how another machine gets it
+
+
+class CannotBuild(Exception):
+    """Nothing was compiled; the message says why, and what would change that."""
+
+
+class BuildFailed(Exception):
+    """A unit does not compile; the message names it and the log."""
+
+
+@runtime_checkable
+class Prebuilds(Protocol):
+    """What a backend has besides, where its vendor library compiles at the first call."""
+
+    def prebuild(self, archs: Sequence[str], jobs: int | None, dry_run: bool) -> Iterator[BuildStep | BuildState]:
+        """Compile it now, through the vendor's own build interface and with what earlier runs did; needs no GPU.
+
+        No archs: the only one it compiles for, or this machine's. No jobs: as many at once as the vendor takes. A dry run yields the
+        states and compiles nothing. Raises CannotBuild or BuildFailed; closing the iterator stops the compilers."""
         ...

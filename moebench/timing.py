@@ -18,7 +18,9 @@ Call = Callable[[], "torch.Tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """When a measurement has seen enough: the median is known to `target`, or time or count ran out."""
+    """When a measurement has seen enough: the median is known to `target`, or time or count ran out.
+
+    A call so slow that time runs out before min_samples gets at least 5 samples, or min_samples if that is less."""
 
     min_samples: int
     max_samples: int
@@ -62,7 +64,7 @@ def measure(watch: Stopwatch, rule: StopRule) -> Timing:
     gc.disable()  # a collection inside a sample would be measured as kernel time
     try:
         while not _enough(samples, time.perf_counter() - started, rule):
-            samples += watch.sample(min(rule.batch, rule.max_samples - len(samples)))
+            samples += watch.sample(min(_batch(samples, rule), rule.max_samples - len(samples)))
     finally:
         gc.enable()
     return Timing(
@@ -83,13 +85,20 @@ def _warm_up(watch: Stopwatch, seconds: float) -> int:
     return calls
 
 
+def _batch(samples: Sequence[float], rule: StopRule) -> int:
+    """Samples until the next look at the rule: about a tenth of its time, after a first few that tell how long one takes."""
+    if not samples:
+        return min(rule.batch, 5)
+    return max(1, min(rule.batch, int(rule.max_s / 10 * 1e6 / max(samples[-1], 1.0))))
+
+
 def _enough(samples: Sequence[float], elapsed_s: float, rule: StopRule) -> bool:
     if len(samples) >= rule.max_samples:
         return True
+    if elapsed_s >= rule.max_s and len(samples) >= min(rule.min_samples, 5):
+        return True
     if len(samples) < rule.min_samples:
         return False
-    if elapsed_s >= rule.max_s:
-        return True
     low, high = Timing(samples_us=tuple(samples), clock="simulated", l2=None, l2_method="", warmup_calls=0).interval_us
     return (high - low) / 2 <= rule.target * sorted(samples)[len(samples) // 2]
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from shlex import join
 
 from moebench.record import Record, Run, merge
-from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, not_ok, rank_name, skipped
+from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, median_us, method_name, not_ok, rank_name, skipped
 from moebench.reports.text import clean, count, error, gib, ratio, short, us
+from moebench.reports.tuning import NOTABLE, setbacks
 
 ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
 LEGEND = (
@@ -26,6 +27,7 @@ def report(runs: Sequence[Run]) -> str:
     for family in sections:
         blocks += _family(family)
     for title, lines in (
+        ("Tuning", _tuning(records)),
         ("Numerics", _numerics(records)),
         ("What ran", _what_ran(records)),
         ("Skipped", _skips(records)),
@@ -128,6 +130,28 @@ def _routing(family: Family) -> list[str]:
         rows.append([str(tokens), _span(active), _span(pairs), f"{here[0].load_max_over_mean:.2f}"])
     note = f"Routing over {count(family.case.num_local_experts, 'local expert')}:"
     return [note, _table(["tokens", "active experts", "local pairs", "load max / mean"], rows)] if rows else []
+
+
+def _tuning(records: Iterable[Record]) -> list[str]:
+    """Nothing where tuning did no harm."""
+    rows = []
+    for setback in setbacks(records):
+        tuned, timing = setback.tuned, setback.tuned.timing
+        assert timing is not None  # a setback is of two times
+        rows.append(
+            [
+                escape(tuned.backend),
+                escape(tuned.case.label),
+                escape(tuned.arch),
+                escape(method_name((timing.clock, timing.l2))),
+                us(median_us(tuned)),
+                us(median_us(setback.untuned)),
+                ratio(setback.ratio),
+            ]
+        )
+    note = f"Slower tuned than untuned, by more than {(NOTABLE - 1) * 100:.0f} %: here the tactics that tuning chose are not the best ones."
+    head = ["backend", "case", "arch", "timing", "tuned us", "untuned us", "tuned / untuned"]
+    return [note, _table(head, rows, left=range(4))] if rows else []
 
 
 def _numerics(records: Iterable[Record]) -> list[str]:

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from moebench.record import Record
 from moebench.reports.grid import DAGGER, FASTEST, TIE, Family, Grid, Point, by_reason, families, not_ok, skipped
-from moebench.reports.text import clean, count, error, us
+from moebench.reports.text import clean, count, error, ratio, us
+from moebench.reports.tuning import NOTABLE, setbacks
 
 COLUMNS = 5  # backends side by side: what 80 characters hold
 NAME_WIDTH = 11
@@ -22,7 +23,7 @@ LISTED = 20  # reasons shown; the report has all
 
 
 def summary(records: Sequence[Record]) -> RenderableType:
-    """The end of a sweep: times side by side, then what was skipped, then what went wrong."""
+    """The end of a sweep: times side by side, what tuning made slower, then what was skipped, then what went wrong."""
     parts: list[RenderableType] = []
     marks: set[str] = set()
     for family in families(records):
@@ -30,6 +31,7 @@ def summary(records: Sequence[Record]) -> RenderableType:
             parts += _tables(family, grid)
             marks |= _marks(grid)
     parts += [_legend(marks), Text()] if marks else []
+    parts += _tuning(records)
     parts += _listed(Text("skipped", style="bold"), skipped(records))
     parts += [*_listed(Text("not ok", style="bold red"), not_ok(records)), _counts(records)]
     return Group(*parts)
@@ -107,6 +109,19 @@ def _legend(marks: set[str]) -> Text:
         "partial": Text("(n/m) ranks timed"),
     }
     return Text("   ").join(text for name, text in words.items() if name in marks)
+
+
+def _tuning(records: Sequence[Record]) -> Iterator[RenderableType]:
+    """How often tuning did harm, and where most; nothing where it never did."""
+    found = setbacks(records)
+    if found:
+        worst = found[0].tuned
+        where = f"{clean(worst.backend)} {clean(worst.case.label)}, {ratio(found[0].ratio)}"
+        yield Text(
+            f"tuned slower than untuned by more than {(NOTABLE - 1) * 100:.0f} %: {count(len(found), 'point')}, worst {where}",
+            style="yellow",
+        )
+        yield Text()
 
 
 def _listed(title: Text, records: Iterable[Record]) -> Iterator[RenderableType]:

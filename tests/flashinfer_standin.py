@@ -151,6 +151,7 @@ class StandIn:
     def __init__(self, arch, kernel_scales="folded", untunable=()):
         self.arch, self.kernel_scales, self.untunable = arch, kernel_scales, frozenset(untunable)
         self.calls, self.tuned, self.profiling_cache, self.active = [], [], {}, []
+        self.warmup, self.repeat = 3, 10  # the autotuner's defaults
 
     def install(self, monkeypatch, directory, version="0.7.2.post1"):
         """Puts `flashinfer` where import finds it, as a package without metadata whose version is in its own file."""

@@ -19,7 +19,7 @@ LAYERS = [
     {"backend"},
     {"check", "timing", "trace"},
     {"reference", "kernels", "reports", "registry"},
-    {"worker"},
+    {"worker", "prebuild"},
     {"sweep"},
     {"cli"},
     {"__main__"},
@@ -32,7 +32,7 @@ ONLY = {
     "reports": {"case", "device", "record", "routing", "reports"},
     "worker": set(RANK) - {"kernels", "reports", "plan"},
 }
-NEVER_TORCH = {"case", "routing", "record", "plan", "backend", "registry", "reports", "sweep", "cli", "__main__"}
+NEVER_TORCH = {"case", "routing", "record", "plan", "backend", "registry", "reports", "prebuild", "sweep", "cli", "__main__"}
 
 
 def sources():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -217,6 +218,72 @@ def test_a_call_that_differs_from_run_to_run_is_found_with_the_size():
     assert found.status == "nondeterministic"
     assert found.reason.startswith("1 of 2880 elements differ between two runs of the same call, by up to")
     assert found.error.ok
+
+
+def jittering(at, factor):
+    """A right call but for one element in the launches numbered `at`: 0 to 2, then poisoned with NaN and with the sentinel."""
+    launches = count()
+
+    def call(layer, tokens):
+        out = right(layer, tokens)
+        if next(launches) in at:
+            out[4, 77] *= factor
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}, {0, 1, 2, 3}])
+def test_a_declared_jitter_within_tolerance_is_ok_and_counted(at):
+    found = judged(jittering(at, 1 + 2**-7), deterministic=False)
+    assert (found.status, found.reason, found.differing) == ("ok", "", 1)
+    assert found.error.ok
+
+
+@pytest.mark.parametrize("at", [{0}, {1}, {2}])
+def test_the_same_jitter_undeclared_is_nondeterministic(at):
+    found = judged(jittering(at, 1 + 2**-7))
+    assert (found.status, found.differing) == ("nondeterministic", 1)
+
+
+@pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}])
+def test_a_declared_jitter_out_of_tolerance_is_wrong_in_whichever_launch(at):
+    found = judged(jittering(at, 100), deterministic=False)
+    assert (found.status, found.differing) == ("wrong", 1)
+    assert "token 4, column 77 is" in found.reason
+    assert (found.error.worst_token, found.error.worst_column, found.error.ok) == (4, 77, False)
+    assert float(found.output[4, 77]) == pytest.approx(100 * float(right(*posed(case("tiny", 9)))[4, 77]), rel=0.01)
+
+
+def test_a_launch_wrong_in_one_element_outranks_one_that_is_farther_off_but_right():
+    layer, tokens = posed(case("tiny", 9))
+    want, out = experts(layer, tokens, "bf16"), right(layer, tokens)
+    far, spoiled = out.clone(), out.clone()
+    far[:2] *= 1 + 2**-7  # many elements a little
+    spoiled[4, 77] = want[4, 77] + 0.17 * torch.maximum(want[4].square().mean(), want[:, 77].square().mean()).sqrt()  # one element much
+    assert compare(far, want, "bf16").rel_l2 > compare(spoiled, want, "bf16").rel_l2
+    launches = iter([out, far, spoiled, out, out])
+    found = inspect(lambda _: next(launches).clone(), layer, tokens, want, "bf16", deterministic=False)
+    assert found.status == "wrong"
+    assert (found.error.worst_token, found.error.worst_column) == (4, 77)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_call_that_repeats_its_bits_differs_nowhere_whatever_it_declares(deterministic):
+    found = judged(right, deterministic=deterministic)
+    assert (found.status, found.differing) == ("ok", 0)
+
+
+def test_elements_that_differ_are_counted_once_over_all_launches():
+    launches = count()
+
+    def call(layer, tokens):
+        out = right(layer, tokens)
+        out[0, next(launches)] *= 1 + 2**-7
+        out[1, 1] *= 1 + 2**-7
+        return out
+
+    assert judged(call, deterministic=False).differing == 5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 from moebench.case import CASE_FIELDS, case
 from moebench.device import Device
 from moebench.record import Error, Kernel, Manifest, Record, Run, Timing
-from moebench.reports import grid, markdown, table_csv, terminal, text
+from moebench.reports import grid, markdown, table_csv, terminal, text, tuning
 from moebench.routing import Realized
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +212,49 @@ def test_what_really_ran_is_told_once_for_all_cases_where_it_is_the_same():
     assert f"| a | sm90 | padding=64 | gemm&lt;a\\|b&gt; x2, {'k' * 99}… | 2 | tiny M=1 |" in page(*records)
     row = next(csv.DictReader(io.StringIO(table_csv.rows(records))))
     assert (row["facts"], row["kernels"]) == ("padding=64", f"2 gemm<a|b>; 1 {'k' * 120}")
+
+
+def test_a_tuned_backend_that_is_slower_than_untuned_is_told():
+    pair = ok("x", 4, 110.0), ok("x@untuned", 4, 100.0)
+    row = "| x | tiny M=4 | sm90 | CUDA graph replay, cold L2 | 110.0 | 100.0 | 1.10x |"
+    shown = page(*pair, ok("x", 8, 90.0), ok("x@untuned", 8, 100.0))
+    assert "## Tuning" in shown
+    assert [line for line in shown if line.startswith("| x | tiny")] == [row]
+    assert "tuned slower than untuned by more than 2 %: 1 point, worst x tiny M=4, 1.10x" in screen(terminal.summary(pair))
+
+
+def test_the_worst_setback_comes_first_and_variants_have_untuned_ones_too():
+    pairs = [(4, 103.0), (8, 150.0), (16, 120.0)]
+    records = [ok(name, m, us) for m, slow in pairs for name, us in (("x@pad", slow), ("x@pad@untuned", 100.0))]
+    assert [(s.tuned.backend, s.tuned.case.num_tokens) for s in tuning.setbacks(records)] == [("x@pad", 8), ("x@pad", 16), ("x@pad", 4)]
+    assert tuning.setbacks(records)[0].ratio == 1.5
+    assert "3 points, worst x@pad tiny M=8, 1.50x" in screen(terminal.summary(records))
+
+
+UNTUNED = ok("x@untuned", 4, 100.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ok("x", 4, 102.0),
+        ok("x", 4, 50.0),
+        ok("x", 8, 200.0),
+        ok("xx", 4, 200.0),
+        ok("x", 4, 200.0, ep_size=2),
+        ok("x", 4, 0, timed=timing(200.0, l2="hot")),
+        ok("x", 4, 0, timed=timing(200.0, clock="cuda_events")),
+        ok("x", 4, 0, timed=timing(200.0, comparable=False)),
+        replace(ok("x", 4, 200.0), arch="sm100"),
+        replace(ok("x", 4, 200.0), device="NVIDIA H100"),
+        replace(ok("x", 4, 200.0), status="wrong"),
+        bad("x", 4, "failed", "out of memory"),
+    ],
+)
+def test_what_is_not_a_setback_of_tuning_is_not_told(other):
+    assert tuning.setbacks([other, UNTUNED]) == []
+    assert "## Tuning" not in page(other, UNTUNED)
+    assert "tuned slower" not in screen(terminal.summary([other, UNTUNED]))
 
 
 def test_csv_leaves_empty_what_a_record_does_not_know():

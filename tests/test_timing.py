@@ -32,7 +32,7 @@ RULE = StopRule(min_samples=20, max_samples=200, max_s=5.0, target=0.005, batch=
 def test_a_steady_clock_stops_at_the_least_number_of_samples():
     watch = FakeStopwatch([10.0])
     timing = measure(watch, RULE)
-    assert timing.samples_us == (10.0,) * 20
+    assert timing.samples_us == (10.0,) * 25  # 5, then batches of 10
     assert timing.median_us == 10.0
     assert (timing.clock, timing.l2) == ("simulated", "cold")
 
@@ -41,12 +41,18 @@ def test_a_noisy_clock_is_sampled_to_the_limit():
     assert len(measure(FakeStopwatch([8.0, 12.0]), RULE).samples_us) == 200
 
 
-def test_time_runs_out():
-    assert len(measure(FakeStopwatch([8.0, 12.0]), replace(RULE, max_s=0.0)).samples_us) == 20
+def test_a_slow_call_gets_five_samples_when_time_runs_out():
+    assert len(measure(FakeStopwatch([8.0, 12.0]), replace(RULE, max_s=0.0)).samples_us) == 5
+    assert len(measure(FakeStopwatch([8.0, 12.0]), replace(RULE, max_s=0.0, min_samples=3)).samples_us) == 5
+
+
+def test_batches_follow_the_length_of_a_sample():
+    assert len(measure(FakeStopwatch([3e5]), replace(RULE, max_s=3.0)).samples_us) == 20  # one at a time, and all alike
+    assert len(measure(FakeStopwatch([10.0]), replace(RULE, min_samples=21)).samples_us) == 25  # 5, then 10 at a time
 
 
 def test_nothing_is_trimmed():
-    samples = [10.0] * 19 + [500.0]
+    samples = [10.0] * 24 + [500.0]
     assert sorted(measure(FakeStopwatch(samples), RULE).samples_us) == samples
 
 

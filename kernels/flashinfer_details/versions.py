@@ -49,6 +49,9 @@ class TunerKey(Protocol):
 class Tuner(Protocol):
     """FlashInfer's autotuner, which is one for the process."""
 
+    warmup: int  # calls of a tactic before it is timed
+    repeat: int  # timed calls of a tactic
+
     @property
     def profiling_cache(self) -> dict[TunerKey, tuple[int, object]]: ...  # to (tactic, profile)
     def clear_cache(self) -> None: ...
