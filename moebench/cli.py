@@ -14,7 +14,9 @@ from typing import Literal, NoReturn
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from moebench import __version__, registry
 from moebench.backend import BuildFailed, BuildState, BuildStep, CannotBuild
@@ -95,7 +97,8 @@ def sweep(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
-        found = _survey(plan, directory / "logs" / "survey.log")
+        with console.status("looking at this machine"):
+            found = _survey(plan, directory / "logs" / "survey.log")
         if not resume:
             write_manifest(directory, _manifest(run_id, plan, found))
         journal = Journal(directory)
@@ -368,22 +371,22 @@ class _Display:
         if console.is_terminal:
             bar = (
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(20),
+                BarColumn(16),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             )
-            self.progress = Progress(*bar, console=console, transient=True)
+            self.progress = Progress(*bar, console=console, transient=True, expand=True)
             self.task = self.progress.add_task("starting", total=total, completed=done)
 
     def watch(self, phase: str, current: Case | None, backend: str) -> None:
         if self.progress and current:
-            self.progress.update(self.task, description=f"{self._counted()}{phase} {backend} {current.label}")
+            self.progress.update(self.task, description=f"{self._counted()}{escape(f'{phase} {backend} {current.label}')}")
 
     def add(self, record: Record) -> None:
-        self.counts[record.status if record.status in ("ok", "skipped") else "bad"] += 1
+        self.counts[record.status if record.status in ("ok", "skipped", "failed") else "wrong"] += 1
         if self.progress:
             self.progress.advance(self.task)
             if record.status not in ("ok", "skipped"):
@@ -392,7 +395,7 @@ class _Display:
             self.console.print(terminal.line(record), soft_wrap=True)
 
     def _counted(self) -> str:
-        styles = {"ok": "green", "skipped": "dim", "bad": "red"}
+        styles = {"ok": "green", "skipped": "dim", "wrong": "red", "failed": "red"}
         return " ".join(f"[{styles[name]}]{count} {name}[/]" for name, count in self.counts.items()) + "  "
 
 
