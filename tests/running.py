@@ -1,6 +1,7 @@
 """Runs the command line as a user would, with the fault backends installed."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).parent / "faults"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FAULTS)]), "COLUMNS": "150"}
+
+
+def heed_interrupts():
+    """For Popen's preexec_fn: a shell that puts the tests in the background makes their children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def moebench(*arguments, cwd, check=None, timeout=300):

@@ -12,6 +12,7 @@ import pytest
 
 from moebench.backend import Prebuilds
 from moebench.registry import builtin
+from tests.running import heed_interrupts
 
 ROOT = Path(__file__).parents[1]
 UNITS = ("one", "two", "three")
@@ -171,7 +172,9 @@ def test_ctrl_c_lets_ninja_clean_up_and_says_how_to_go_on(machine):
     folder = machine / "work" / "90a" / "cached_ops" / "fused_moe_90"
     command = [sys.executable, "-m", "moebench", "prebuild", "cutlass_mxfp4_bf16"]
     env = environment(machine, HANGS="fused_moe_90/two")
-    running = subprocess.Popen(command, cwd=machine, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command, cwd=machine, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + 60
     while not (folder / "one.cuda.o").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moebench.record import load_run
-from tests.running import ENVIRONMENT, moebench
+from tests.running import ENVIRONMENT, heed_interrupts, moebench
 
 FAULTS = ("raises", "prepare", "nan", "zeros", "writes", "unwritten", "random", "dies", "chatty", "skips", "import", "misnamed", "ok")
 
@@ -160,6 +160,7 @@ def test_interrupting_keeps_what_was_measured_and_prints_how_to_go_on(tmp_path):
         [sys.executable, "-m", "moebench", "sweep", "--model", "tiny", "--tokens", "0:400:1", "--backend", "torch", "--out", "run"],
         cwd=tmp_path,
         env=ENVIRONMENT,
+        preexec_fn=heed_interrupts,
         stdout=subprocess.PIPE,
         text=True,
     )
