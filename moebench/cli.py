@@ -42,7 +42,7 @@ AXIS_HELP = {
     "tp_ranks": "Which of those ranks: all, worst (largest shard) or a number.  [default: worst]",
     "arch": "Architectures the run is for, such as sm90,sm100; rows of others than this machine's are skipped.",
     "routing": "uniform, balanced, zipf:S, hotspot:SHARE@N or trace:FILE.",
-    "backend": "Backends; moebench backends lists them. All by default.",
+    "backend": "Backends or patterns, such as cutlass*; moebench backends lists them. All but the variants (name@variant) by default.",
     "seed": "Seeds of weights, tokens and routing.",
 }
 

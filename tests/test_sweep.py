@@ -84,6 +84,11 @@ def test_routing_and_error_are_in_the_record(faulty):
     assert row.timing.clock == "wall"
 
 
+def test_what_a_backend_says_of_itself_is_in_the_record(faulty):
+    _, run, _ = faulty
+    assert {tuple(r.facts.items()) for r in run.records if r.backend == "fault_ok"} == {(("largest_batch", 8),)}
+
+
 def test_resume_does_only_what_is_missing(tmp_path):
     command = ("sweep", "--model", "tiny", "--tokens", "1,2,3", "--backend", "fault_ok,torch", "--out", "run")
     moebench(*command, cwd=tmp_path, check=0)

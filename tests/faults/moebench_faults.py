@@ -22,7 +22,9 @@ class Fault:
     def prepare(self, layer, max_num_tokens):
         if self._prepare:
             self._prepare()
-        return partial(self._call or right, layer)
+        call = partial(self._call or right, layer)
+        call.facts = {"largest_batch": max_num_tokens}
+        return call
 
 
 def right(layer, tokens):
