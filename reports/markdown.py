@@ -8,7 +8,7 @@ from shlex import join
 
 from moebench.record import Record, Run, merge
 from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, median_us, method_name, not_ok, rank_name, skipped
-from moebench.reports.text import clean, count, error, gib, ratio, short, us
+from moebench.reports.text import clean, count, error, gib, kernel_name, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
 ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
@@ -183,25 +183,34 @@ def _numerics(records: Iterable[Record]) -> list[str]:
     head = ["backend", "activations", "arch", "cases", "relative L2 / tolerance", "at", "worst element / tolerance", "at"]
     note = (
         "Distance from the reference of the same activation format, largest over all cases. "
-        "An element's error is relative to its own size or to the rms of all, whichever is larger."
+        "An element's error is relative to its own size, the rms of its token or the rms of its column, whichever is largest."
     )
     return [note, _table(head, rows, left=(0, 1, 2, 5, 7))]
 
 
-def _what_ran(records: Iterable[Record]) -> list[str]:
-    """The kernels that calls really launched, with what backends say of themselves, once for all cases where both agree."""
-    found: dict[tuple[str, str, str, str], list[Record]] = defaultdict(list)
+def _what_ran(records: Sequence[Record]) -> list[str]:
+    """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
+    kernels: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    facts: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        if record.kernels or record.facts:
-            kernels = ", ".join(short(kernel.name) + (f" x{kernel.count}" if kernel.count > 1 else "") for kernel in record.kernels)
-            facts = ", ".join(f"{name}={value}" for name, value in record.facts.items())
-            found[record.backend, record.arch, facts, kernels].append(record)
-    rows = [
-        [escape(backend), escape(arch), escape(facts), escape(kernels), str(len(group)), escape(group[0].case.label)]
-        for (backend, arch, facts, kernels), group in found.items()
-    ]
-    head = ["backend", "arch", "facts", "kernels of one call", "cases", "such as"]
-    return [_table(head, rows, left=(0, 1, 2, 3, 5))] if rows else []
+        if record.kernels:
+            counts: Counter[str] = Counter()
+            for kernel in record.kernels:
+                counts[kernel_name(kernel.name)] += kernel.count
+            launched = ", ".join(name + (f" x{number}" if number > 1 else "") for name, number in counts.items())
+            kernels[record.backend, record.arch, launched].append(record)
+        if record.facts:
+            values = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record.facts.items())
+            said = ", ".join(f"{name}={value}" for name, value in values)
+            facts[record.backend, record.arch, said].append(record)
+    blocks = []
+    for what, found in (("kernels of one call", kernels), ("what it says of itself", facts)):
+        rows = [
+            [escape(backend), escape(arch), escape(text), str(len(group)), escape(group[0].case.label)]
+            for (backend, arch, text), group in found.items()
+        ]
+        blocks += [_table(["backend", "arch", what, "cases", "such as"], rows, left=(0, 1, 2, 4))] if rows else []
+    return blocks
 
 
 def _skips(records: Iterable[Record]) -> list[str]:

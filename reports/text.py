@@ -1,5 +1,6 @@
 """Numbers and foreign text, made fit to print."""
 
+import re
 from unicodedata import category
 
 
@@ -34,6 +35,17 @@ def count(number: int, noun: str) -> str:
 def short(text: str, length: int = 100) -> str:
     """At most so many characters: C++ kernel names are templates of templates."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's own name without namespaces, arguments and template arguments, from a C++ or a mangled name; the journal has it whole."""
+    if name.startswith("_ZN"):
+        rest, own = name[3:], ""
+        while (digits := re.match(r"\d+", rest)) and int(digits[0]) < len(rest):
+            end = len(digits[0]) + int(digits[0])
+            own, rest = rest[len(digits[0]) : end], rest[end:]
+        return short(own or name)
+    return short(re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip() or name)
 
 
 def clean(text: str) -> str:

@@ -207,11 +207,29 @@ def test_csv_reads_back_with_every_case_field_and_full_numbers():
 
 
 def test_what_really_ran_is_told_once_for_all_cases_where_it_is_the_same():
-    ran = {"facts": {"padding": 64}, "kernels": (Kernel(name="gemm<a|b>", count=2), Kernel(name="k" * 120, count=1))}
+    ran = {"facts": {"padding": 64, "s": 0.123456}, "kernels": (Kernel(name="void a::gemm<a|b>", count=2), Kernel(name="k|" * 60, count=1))}
     records = [replace(ok("a", m, 10.0), **ran) for m in (1, 2)]
-    assert f"| a | sm90 | padding=64 | gemm&lt;a\\|b&gt; x2, {'k' * 99}… | 2 | tiny M=1 |" in page(*records)
+    shown = page(*records)
+    piped = "k\\|" * 49
+    assert f"| a | sm90 | gemm x2, {piped}k… | 2 | tiny M=1 |" in shown
+    assert "| a | sm90 | padding=64, s=0.1235 | 2 | tiny M=1 |" in shown
     row = next(csv.DictReader(io.StringIO(table_csv.rows(records))))
-    assert (row["facts"], row["kernels"]) == ("padding=64", f"2 gemm<a|b>; 1 {'k' * 120}")
+    assert (row["facts"], row["kernels"]) == ("padding=64; s=0.123456", f"2 void a::gemm<a|b>; 1 {'k|' * 60}")
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("gate_up_kernel", "gate_up_kernel"),
+        ("void marlin_moe_wna16::Marlin<112l, 5629l>(int4 const*)", "Marlin"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        ("_ZN7cutlass13device_kernelINS_4gemm6kernel33GemmUniversal", "device_kernel"),
+        ("_ZN999", "_ZN999"),
+        ("(anonymous)", "(anonymous)"),
+    ],
+)
+def test_a_kernel_is_called_by_its_own_name(name, plain):
+    assert text.kernel_name(name) == plain
 
 
 def test_a_tuned_backend_that_is_slower_than_untuned_is_told():
