@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -29,20 +28,17 @@ def test_every_command_has_help(command):
     assert len(shown.output.splitlines()) > 4
 
 
-def test_six_mistakes_are_six_errors_in_under_two_seconds_without_torch():
+def test_six_mistakes_are_six_errors_and_torch_is_not_imported():
     code = (
         "import sys; from moebench.cli import main\n"
         "line = 'sweep --model gpt-oss-20b,gpt-oss-20 --tokens -1,foo --top-k 99 --ep 3 --backend tritn'\n"
         "try: main(line.split())\n"
         "except SystemExit as end: print('torch' in sys.modules, end.code)"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    elapsed = time.monotonic() - started
     assert done.stdout.split() == ["False", "2"]
     assert done.stderr.count("error: ") == len(done.stderr.splitlines()) == 6
     assert "did you mean 'triton_mxfp4_bf16'" in done.stderr
-    assert elapsed < 10  # the promise is 2 s on an idle machine; this only catches an import of torch
 
 
 def test_backends_lists_each_with_a_reason(tmp_path):
