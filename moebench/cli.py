@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -93,7 +94,10 @@ def sweep(
         return
     directory = _run_directory(plan, out, resume)
     run_id = load_manifest(directory).run_id if resume else directory.name if out is None else now_id()
-    known = load_run(directory).records if resume else ()
+    try:
+        known = load_run(directory).records if resume else ()
+    except RecordError as error:
+        _fail([str(error)], UNREADABLE)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "logs").mkdir(exist_ok=True)
@@ -114,9 +118,10 @@ def sweep(
         journal.close()
         report_path = _leave_report(directory)
     except OSError as error:
-        _fail([f"{error.filename or directory}: {error.strerror}; what was written before is intact"], STORAGE)
+        _fail([f"{error.filename or directory}: {error.strerror or error}; what was written before is intact"], STORAGE)
     except KeyboardInterrupt:
-        console.print(f"\ninterrupted; go on with: moebench {' '.join(sys.argv[1:])} --out {directory} --resume", soft_wrap=True)
+        again = [*sys.argv[1:], *(["--out", str(directory)] if out is None else []), *([] if resume else ["--resume"])]
+        console.print(f"\ninterrupted; go on with: moebench {shlex.join(again)}", soft_wrap=True, markup=False)
         sys.exit(INTERRUPTED)
     console.print(terminal.summary(records))
     console.print(f"report: {report_path}\njournal: {directory / 'journal.jsonl'}", soft_wrap=True)

@@ -103,6 +103,16 @@ def test_resume_does_only_what_is_missing(tmp_path):
     assert len({r.run_id for r in records}) == 1
 
 
+def test_resuming_a_journal_that_cannot_be_read_is_an_error_that_names_the_line(tmp_path):
+    command = ("sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--out", "run")
+    moebench(*command, cwd=tmp_path, check=0)
+    journal = tmp_path / "run" / "journal.jsonl"
+    journal.write_text("nonsense\n" + journal.read_text())
+    done = moebench(*command, "--resume", cwd=tmp_path, check=6)
+    assert "journal.jsonl, line 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_directory_is_not_overwritten_nor_resumed_with_another_plan(tmp_path):
     command = ("sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--out", "run")
     moebench(*command, cwd=tmp_path, check=0)
@@ -176,5 +186,5 @@ def test_interrupting_keeps_what_was_measured_and_prints_how_to_go_on(tmp_path):
     process.send_signal(2)
     rest = process.stdout.read()
     assert process.wait(60) == 130
-    assert "--resume" in rest
+    assert rest.rstrip().endswith("moebench sweep --model tiny --tokens 0:400:1 --backend torch --out run --resume")
     assert load_run(tmp_path / "run").records
