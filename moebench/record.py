@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median, quantiles
-from typing import BinaryIO, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from statistics import fmean, median, quantiles
+from typing import Literal, get_args
 
 from moebench.case import Case
 from moebench.device import Device
@@ -16,12 +15,35 @@ from moebench.routing import Realized
 
 # Schema history; a newer major is not readable by older code.
 # 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
-SCHEMA = "1.0"
+# 1.1  scope, round, contract, roofline, telemetry, canary, flags, phases_s; timing: regions of several calls, why it stopped, proof of
+#      a cold L2, host time, cross-check, the window it was taken in; statuses oom to interrupted
+SCHEMA = "1.1"
 
-Status = Literal["ok", "skipped", "wrong", "nonfinite", "unwritten", "input_changed", "nondeterministic", "failed"]
+Status = Literal[
+    "ok",
+    "skipped",
+    "wrong",
+    "nonfinite",
+    "unwritten",
+    "input_changed",
+    "nondeterministic",
+    "too_fast",  # a time below what physics allows: something was not computed, or not timed
+    "oom",
+    "compile_error",
+    "compile_timeout",
+    "hang",
+    "crash",
+    "cuda_error",
+    "interrupted",
+    "failed",
+]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ClockName = Literal["cuda_graph", "cuda_events", "wall", "simulated"]
 L2State = Literal["cold", "hot"]
+L2Method = Literal["rotation", "read_flush", "replay", "none"]  # what made the L2 cold or hot; none: no GPU cache is involved
+StopReason = Literal["interval", "max_samples", "max_s", "once", ""]
+Scope = Literal["experts", "layer"]  # from ids and weights to the weighted sum; or from router logits
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 class RecordError(Exception):
@@ -46,16 +68,38 @@ class Error:
 
 
 @dataclass(frozen=True, kw_only=True)
+class L2Proof:
+    """Why the weights came from memory: what was touched between two uses of the same bytes, at least."""
+
+    token_sets: int  # the same work on other experts
+    weight_copies: int
+    bytes_between_uses: int
+    l2_bytes: int
+    flush_bytes: int = 0  # read before each call where rotation does not suffice
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Every sample, and how it was taken; medians and quartiles are computed when asked."""
 
-    samples_us: tuple[float, ...]
+    samples_us: tuple[float, ...]  # time of one region over the calls in it, in the order they were taken
     clock: ClockName
     l2: L2State | None  # None where no GPU cache is involved
     l2_method: str  # what made it so, as a sentence
     warmup_calls: int
     comparable: bool = True  # False: the number does not describe the kernel (an interpreter, say)
     note: str = ""
+    calls_per_region: int = 1
+    stop_reason: StopReason = ""
+    warmup_s: float = 0.0
+    settled: bool = True  # the last two batches of the warm-up agreed, and the SM clock
+    proof: L2Proof | None = None
+    host_us: float | None = None  # what the host needs to enqueue one eager call: the time of a server without CUDA graphs, if longer
+    host_bound: bool = False  # the GPU waited for the host within the timed region
+    busy_us: float | None = None  # sum of kernel times of one call, by the profiler
+    span_us: float | None = None  # first kernel's start to last kernel's end, per call, by the profiler
+    window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
+    stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
     @property
     def median_us(self) -> float:
@@ -69,13 +113,89 @@ class Timing:
         return q1, q3
 
     @property
+    def effective_samples(self) -> float:
+        """Independent samples that say as much as these: neighbours that resemble each other say less."""
+        n = len(self.samples_us)
+        if n < 10:
+            return float(n)
+        mean = fmean(self.samples_us)
+        off = [sample - mean for sample in self.samples_us]
+        total = sum(x * x for x in off)
+        if total <= (1e-9 * mean) ** 2 * n:
+            return float(n)
+        lag1 = sum(a * b for a, b in pairwise(off)) / total
+        return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
+
+    @property
     def interval_us(self) -> tuple[float, float]:
-        """95 % interval of the median from order statistics; needs no shape of the distribution."""
+        """95 % interval of the median from order statistics, wider where neighbouring samples resemble each other."""
         ordered = sorted(self.samples_us)
         n = len(ordered)
-        half = 0.98 * n**0.5  # 1.96 standard deviations of a binomial(n, 1/2) count
+        # 1.96 standard deviations of a binomial(n, 1/2) count, as if only the effective samples had been drawn
+        half = 0.98 * n**0.5 * (n / max(self.effective_samples, 1.0)) ** 0.5
         low, high = int(n / 2 - half), int(n / 2 + half)
         return ordered[max(low, 0)], ordered[min(high, n - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a time means. Times under two different contracts are never compared."""
+
+    scope: Scope
+    inside: str  # what the call includes
+    clock: ClockName
+    l2: L2State | None
+    l2_method: L2Method
+    warmup: str  # the rule
+    rank_aggregate: str  # how the ranks of an expert-parallel group become one number
+    reference: str  # what decides that the output is right
+
+    @property
+    def id(self) -> str:
+        content = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """What a case needs at least, and the roofs it is measured by."""
+
+    weight_bytes: int  # codes, scales and biases of the experts that get tokens, once
+    activation_bytes: int  # hidden states in, output out, ids and weights
+    flop: float  # useful: unpadded sizes, pairs of this rank
+    padded_flop: float | None  # what the backend's padding makes of it, where it says so
+    floor_us: float
+    limiter: Literal["memory", "compute"]
+    bandwidth_bytes_s: float
+    flop_s: float
+    source: str  # where the roofs come from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """What the GPU's own sensors said while a row was timed."""
+
+    samples: int
+    sm_mhz: tuple[float, float, float]  # least, median, most
+    max_sm_mhz: float  # what it may reach
+    mem_mhz: float
+    power_w: float  # mean over the window
+    power_limit_w: float
+    temperature_c: float  # highest
+    reasons: dict[str, float]  # clock event reason -> share of the samples in which it was active
+    energy_j: float | None  # by the counter, over the window
+    window_s: float
+    ecc_corrected: int  # new ones in the window
+    ecc_uncorrected: int
+    foreign_bytes: int  # device memory in use before the first worker started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A fixed copy, timed before and after a row: where it changed, something else did."""
+
+    before_us: float
+    after_us: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +221,14 @@ class Record:
     prepare_s: float | None = None
     facts: dict[str, str | int | float] = field(default_factory=dict)  # what the backend says of itself: padding, tactics, tuning
     kernels: tuple[Kernel, ...] = ()  # what one call really launched, in order of first launch; empty on a CPU
+    scope: Scope = "experts"
+    round: int = 0  # of the plan's repetitions, each in fresh processes
+    contract: Contract | None = None  # of the timing
+    roofline: Roofline | None = None
+    telemetry: Telemetry | None = None
+    canary: Canary | None = None
+    flags: dict[str, str] = field(default_factory=dict)  # reasons to doubt the number: flag -> sentence
+    phases_s: dict[str, float] = field(default_factory=dict)  # where the worker's time went
     run_id: str = ""
     time: str = ""  # UTC, when the record was made
     schema: str = SCHEMA
@@ -112,6 +240,20 @@ class Record:
     @property
     def median_us(self) -> float | None:
         return self.timing.median_us if self.timing else None
+
+    @property
+    def contract_id(self) -> str:
+        """What the time means, as a name; empty where there is no time."""
+        if self.timing is None:
+            return ""
+        return self.contract.id if self.contract else f"1.0-{self.timing.clock}-{self.timing.l2}"  # schema 1.0 had none
+
+    @property
+    def roof_share(self) -> float | None:
+        """Of the time that the roofs allow at least, over the measured; 1.0 is perfect."""
+        if self.timing is None or not self.timing.comparable or self.roofline is None or not self.timing.median_us:
+            return None
+        return self.roofline.floor_us / self.timing.median_us
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,103 +270,56 @@ class Manifest:
     schema: str = SCHEMA
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    path: Path
-    manifest: Manifest
-    records: tuple[Record, ...]
-    torn: bool = False  # the last line was cut off, as a killed writer leaves it
-
-
 def to_json(item: Record | Manifest) -> str:
     return json.dumps(asdict(item), allow_nan=False, separators=(",", ":"))
 
 
 def record_from_dict(row: dict[str, object]) -> Record:
-    """Raises TypeError, KeyError or ValueError for what is not a record of this schema."""
+    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out."""
+    row = _known(row) if _minor(str(row["schema"])) > _minor(SCHEMA) else row
     values: dict[str, object] = dict(row)
     values["case"] = Case(**row["case"])  # type: ignore[arg-type]
-    parts: dict[str, type] = {"error": Error, "timing": Timing, "routing": Realized}
-    for name, kind in parts.items():
+    for name, kind in _PARTS.items():
         value = row.get(name)
         if isinstance(value, dict):
-            values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-    kernels: list[dict[str, str | int]] = row.get("kernels", [])  # type: ignore[assignment]
-    values["kernels"] = tuple(Kernel(**kernel) for kernel in kernels)  # type: ignore[arg-type]
+            values[name] = _part(kind, value)
+    timing = row.get("timing")
+    if isinstance(timing, dict) and isinstance(timing.get("proof"), dict):
+        values["timing"] = _part(Timing, {**timing, "proof": _part(L2Proof, timing["proof"])})
+    kernels: list[dict[str, object]] = row.get("kernels", [])  # type: ignore[assignment]
+    values["kernels"] = tuple(_part(Kernel, kernel) for kernel in kernels)
     if values["status"] not in STATUSES:
         raise ValueError(f"status {values['status']!r} is not one of {', '.join(STATUSES)}")
     return Record(**values)  # type: ignore[arg-type]
 
 
-def load_run(path: Path) -> Run:
-    """Read a run directory. A cut-off last line is dropped and reported; any other bad line raises RecordError."""
-    manifest = load_manifest(path)
-    journal = path / "journal.jsonl"
-    data = journal.read_bytes() if journal.exists() else b""
-    *lines, tail = data.split(b"\n")
-    records = [_parse(journal, number, line) for number, line in enumerate(lines, 1)]
-    return Run(path=path, manifest=manifest, records=tuple(records), torn=bool(tail))
+_PARTS: dict[str, type] = {
+    "error": Error,
+    "timing": Timing,
+    "routing": Realized,
+    "contract": Contract,
+    "roofline": Roofline,
+    "telemetry": Telemetry,
+    "canary": Canary,
+}
 
 
-def load_manifest(path: Path) -> Manifest:
-    file = path / "run.json"
-    try:
-        row = json.loads(file.read_text())
-        _check_schema(file, row["schema"])
-        row["device"] = Device(**row["device"])
-        row["command"] = tuple(row["command"])
-        return Manifest(**row)
-    except FileNotFoundError:
-        raise RecordError(f"{path} is not a run directory: it has no run.json (moebench sweep makes one)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{file}: {error}") from None
+def _part(kind: type, value: dict[str, object]) -> object:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
-class Journal:
-    """Appends records to one run's journal; each is on disk when append returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path / "journal.jsonl"
-        self._file: BinaryIO = self.path.open("ab")
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):  # cut the half line a killed writer left
-            self._file.truncate(data.rfind(b"\n") + 1)
-
-    def append(self, record: Record) -> None:
-        self._file.write(to_json(record).encode() + b"\n")
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+def _known(row: dict[str, object]) -> dict[str, object]:
+    kept = {name: value for name, value in row.items() if name in _names(Record)}
+    for name, kind in _PARTS.items():
+        value = kept.get(name)
+        if isinstance(value, dict):
+            kept[name] = {k: v for k, v in value.items() if k in _names(kind)}
+    return kept
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Whole or not at all: a temporary file, then a rename."""
-    temporary = path / "run.json.tmp"
-    temporary.write_text(to_json(manifest) + "\n")
-    temporary.replace(path / "run.json")
+def _names(kind: type) -> set[str]:
+    return {f.name for f in fields(kind)}
 
 
-def merge(runs: Iterable[Run]) -> list[Record]:
-    """One record per key and L2 state. A later run beats an earlier one, and a measured row beats a skip, which another machine wrote
-    for an arch that is not its own."""
-    chosen: dict[tuple[object, ...], Record] = {}
-    for record in sorted((r for run in runs for r in run.records), key=lambda r: r.time):
-        chosen[(*record.key, record.status == "skipped", record.timing.l2 if record.timing else None)] = record
-    attempted = {record.key for record in chosen.values() if record.status != "skipped"}
-    return [record for record in chosen.values() if record.status != "skipped" or record.key not in attempted]
-
-
-def _parse(journal: Path, number: int, line: bytes) -> Record:
-    try:
-        row = json.loads(line)
-        _check_schema(journal, row["schema"])
-        return record_from_dict(row)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{journal}, line {number}: {error}") from None
-
-
-def _check_schema(file: Path, schema: str) -> None:
-    if schema.split(".")[0] != SCHEMA.split(".")[0]:
-        raise RecordError(f"{file}: schema {schema}, this moebench reads {SCHEMA}; a moebench that writes {schema} is needed")
+def _minor(schema: str) -> int:
+    return int(schema.split(".")[1])

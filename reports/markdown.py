@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from shlex import join
 
-from moebench.record import Record, Run, merge
+from moebench.journal import Run, merge
+from moebench.record import Record
 from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, median_us, method_name, not_ok, rank_name, skipped
 from moebench.reports.text import clean, count, error, gib, kernel_name, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from moebench.case import CASE_FIELDS, case
 from moebench.device import Device
-from moebench.record import Error, Kernel, Manifest, Record, Run, Timing
+from moebench.journal import Run
+from moebench.record import Error, Kernel, Manifest, Record, Timing
 from moebench.reports import grid, markdown, table_csv, terminal, text, tuning
 from moebench.routing import Realized
 

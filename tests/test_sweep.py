@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moebench.record import load_run
+from moebench.journal import load_run
 from tests.running import ENVIRONMENT, heed_interrupts, moebench
 
 FAULTS = ("raises", "prepare", "nan", "zeros", "writes", "unwritten", "random", "dies", "chatty", "skips", "import", "misnamed", "ok")

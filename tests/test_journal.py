@@ -8,19 +8,8 @@ import pytest
 
 from moebench.case import case
 from moebench.device import Device
-from moebench.record import (
-    Error,
-    Journal,
-    Manifest,
-    Record,
-    RecordError,
-    Timing,
-    load_run,
-    merge,
-    record_from_dict,
-    to_json,
-    write_manifest,
-)
+from moebench.journal import Journal, load_run, merge, write_manifest
+from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
 from moebench.routing import Realized
 
 DEVICE = Device(arch="sm90", name="NVIDIA H200", torch="cuda:0", memory_bytes=1)
@@ -108,8 +97,11 @@ def test_samples_are_kept_and_statistics_computed():
     assert timing.median_us == 2.0
     assert timing.quartiles_us == (1.5, 3.0)
     assert timing.interval_us == (1.0, 4.0)
-    hundred = replace(timing, samples_us=tuple(float(i) for i in range(100)))
+    hundred = replace(timing, samples_us=tuple(float(i * 37 % 100) for i in range(100)))
     assert hundred.interval_us == (40.0, 59.0)
+    ramp = replace(timing, samples_us=tuple(float(i) for i in range(100)))
+    assert ramp.effective_samples < 5  # neighbours resemble each other, so a hundred samples say little
+    assert ramp.interval_us == (0.0, 99.0)
     assert replace(timing, samples_us=(3.0,)).quartiles_us == (3.0, 3.0)
     assert json.loads(to_json(RECORD))["timing"]["samples_us"] == [1.0, 2.0, 4.0]
 
@@ -133,3 +125,9 @@ def test_a_record_of_unknown_fields_is_refused():
     row = json.loads(to_json(RECORD))
     with pytest.raises(TypeError):
         record_from_dict({**row, "surprise": 1})
+
+
+def test_a_newer_minor_schema_is_read_without_what_it_added():
+    row = json.loads(to_json(RECORD))
+    row |= {"schema": "1.999", "surprise": 1, "timing": {**row["timing"], "surprise": 2}}
+    assert record_from_dict(row) == replace(RECORD, schema="1.999")

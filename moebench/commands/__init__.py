@@ -1,0 +1,1 @@
+"""The commands of moebench, one a file."""
