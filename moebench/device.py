@@ -22,6 +22,7 @@ class Device:
     num_sms: int = 0
     clock_mhz: int = 0
     driver: str = ""
+    uuid: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -47,6 +48,7 @@ def detect() -> Device:
         num_sms=facts.multi_processor_count,
         clock_mhz=int(getattr(facts, "clock_rate", 0) // 1000),
         driver=_driver(),
+        uuid=str(getattr(facts, "uuid", "")),
         versions=versions() | {"cuda": torch.version.cuda or ""},
     )
 

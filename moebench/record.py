@@ -173,10 +173,10 @@ class Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """What the GPU's own sensors said while a row was timed."""
+    """What the GPU's own sensors said while a row was timed; 0.0 is what the driver does not tell."""
 
     samples: int
-    sm_mhz: tuple[float, float, float]  # least, median, most
+    sm_mhz: tuple[float, float, float]  # at most a tenth of the samples are below the first; median; most
     max_sm_mhz: float  # what it may reach
     mem_mhz: float
     power_w: float  # mean over the window
@@ -249,9 +249,15 @@ class Record:
         return self.contract.id if self.contract else f"1.0-{self.timing.clock}-{self.timing.l2}"  # schema 1.0 had none
 
     @property
+    def energy_per_call_j(self) -> float | None:
+        return energy_per_call_j(self.telemetry, self.timing) if self.telemetry and self.timing else None
+
+    @property
     def roof_share(self) -> float | None:
         """Of the time that the roofs allow at least, over the measured; 1.0 is perfect."""
-        if self.timing is None or not self.timing.comparable or self.roofline is None or not self.timing.median_us:
+        if self.timing is None or not self.timing.comparable or self.roofline is None:
+            return None
+        if not self.roofline.floor_us or not self.timing.median_us:
             return None
         return self.roofline.floor_us / self.timing.median_us
 
@@ -268,6 +274,17 @@ class Manifest:
     plan_hash: str
     versions: dict[str, str] = field(default_factory=dict)
     schema: str = SCHEMA
+
+
+def energy_per_call_j(telemetry: Telemetry, timing: Timing) -> float | None:
+    """Joules of one timed call and of what keeps the L2 cold between two: the counter over the window, over the calls in it."""
+    if telemetry.energy_j is None or timing.window_s is None:
+        return None
+    start_s, end_s = timing.window_s
+    calls = len(timing.samples_us) * timing.calls_per_region
+    if not calls or end_s <= start_s:
+        return None
+    return telemetry.energy_j / (calls * telemetry.window_s / (end_s - start_s))  # the last poll may lie before the window's end
 
 
 def to_json(item: Record | Manifest) -> str:
