@@ -1,7 +1,7 @@
 """One point of a sweep, as plain numbers."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 
 BLOCK = 32  # elements along K that share one E8M0 scale; tensor-parallel shards are multiples of it
@@ -97,7 +97,7 @@ class Case:
     @property
     def key(self) -> str:
         """Stable name, for NVTX ranges, baselines and messages."""
-        return ",".join(f"{name}={value}" for name, value in asdict(self).items())
+        return ",".join(f"{name}={getattr(self, name)}" for name in CASE_FIELDS)  # 4 us; asdict takes 40
 
     @property
     def layer_key(self) -> str:
@@ -195,7 +195,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` when a known word, or the beginning of one, is near; else nothing."""
 
     def nearness(name: str) -> float:
-        return max(SequenceMatcher(None, word, part).ratio() for part in (name, name[: len(word) + 1]))
+        return max(SequenceMatcher(None, word[:64], part).ratio() for part in (name, name[: len(word) + 1]))
 
     best = max(known, key=nearness, default="")
     return f"; did you mean {best!r}?" if best and nearness(best) >= 0.6 else ""

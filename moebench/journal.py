@@ -1,18 +1,39 @@
-"""The journal of a run: one record a line, appended, never rewritten."""
+"""The journal of a run: one record a line behind its checksum, appended by one writer, never rewritten."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import stat
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import Any
+from zlib import crc32
 
+from moebench.conform import misfit
 from moebench.device import Device
-from moebench.record import SCHEMA, Manifest, Record, RecordError, record_from_dict, to_json
+from moebench.record import SCHEMA, Kernel, Manifest, Record, RecordError, Status, record_from_dict, to_json
 
 RUNS = Path("runs")  # where a run goes that is not told otherwise
+JOURNAL = "journal.jsonl"
+MANIFEST = "run.json"
+LOCK = ".lock"
+PLAIN = ("1.0", "1.1")  # schemas whose lines had no checksum
+JOURNAL_BYTES_LIMIT = 1 << 30  # 20 000 points of 400 samples are a tenth of it
+MANIFEST_BYTES_LIMIT = 64 << 20
+EXPERTS_LIMIT = 1 << 16
+# What a second attempt may change; --resume makes one. Every other status is a result.
+RETRYABLE: frozenset[Status] = frozenset({"hang", "crash", "oom", "cuda_error", "compile_timeout", "failed"})
+ATTEMPTS = 2
+NOT_TRIED = "not tried:"  # begins the reason of a record that is no attempt: too large for what was free, or a device in quarantine
+
+Cell = tuple[str, str, str, str, int]  # case key, backend, arch, scope, round: what one record is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,78 +44,320 @@ class Run:
     torn: bool = False  # the last line was cut off, as a killed writer leaves it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A place of a run directory that is not as it was written."""
+
+    file: str
+    line: int  # from 1; 0 where it is the file as a whole
+    offset: int  # of the line's first byte
+    reason: str
+
+
+class InUse(Exception):
+    """Another process writes this run; the message names it."""
+
+
 def load_run(path: Path) -> Run:
     """Read a run directory. A cut-off last line is dropped and reported; any other bad line raises RecordError."""
     manifest = load_manifest(path)
-    journal = path / "journal.jsonl"
-    data = journal.read_bytes() if journal.exists() else b""
-    *lines, tail = data.split(b"\n")
-    records = [_parse(journal, number, line) for number, line in enumerate(lines, 1)]
-    return Run(path=path, manifest=manifest, records=tuple(records), torn=bool(tail))
+    records: list[Record] = []
+    offset, torn = 0, False
+    seen: dict[bytes, tuple[Kernel, ...]] = {}
+    for number, line in enumerate(_lines(path / JOURNAL), 1):
+        torn = not line.endswith(b"\n")
+        if torn:
+            break
+        try:
+            records.append(_parse(line[:-1], seen))
+        except _BadLine as error:
+            where = f"{path / JOURNAL}, line {number} (byte {offset})"
+            raise RecordError(f"{where}: {error}; moebench fsck {path} lists all that is wrong") from None
+        offset += len(line)
+    return Run(path=path, manifest=manifest, records=tuple(records), torn=torn)
 
 
 def load_manifest(path: Path) -> Manifest:
-    file = path / "run.json"
+    file = path / MANIFEST
     try:
-        row = json.loads(file.read_text())
-        _check_schema(file, row["schema"])
-        row["device"] = Device(**row["device"])
+        row = _json(_read(file, MANIFEST_BYTES_LIMIT))
+        if not isinstance(row, dict):
+            raise ValueError("holds no table")
+        newer = _minor(_check_schema(row.get("schema"))) > _minor(SCHEMA)
+        row = _known(row, Manifest) if newer else row  # what a newer minor added is left out
+        row["device"] = Device(**(_known(row["device"], Device) if newer else row["device"]))
         row["command"] = tuple(row["command"])
-        return Manifest(**row)
+        manifest = Manifest(**row)
+        if problem := misfit(manifest, Manifest, "it"):
+            raise ValueError(problem)
+        return manifest
     except FileNotFoundError:
-        raise RecordError(f"{path} is not a run directory: it has no run.json (moebench sweep makes one)") from None
+        raise RecordError(f"{path} is not a run directory: it has no {MANIFEST} (moebench sweep makes one)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{file}: {error}") from None
+        raise RecordError(f"{file}: {_told(error)}") from None
+
+
+def problems(path: Path) -> list[Problem]:
+    """All that is wrong with a run directory; empty for a good one. Raises RecordError for what is no run directory."""
+    if not path.is_dir():
+        raise RecordError(f"{path} is not a run directory")
+    found = []
+    try:
+        load_manifest(path)
+    except RecordError as error:
+        found.append(Problem(file=MANIFEST, line=0, offset=0, reason=str(error)))
+    data = _read(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=b"")
+    offset = 0
+    seen: dict[Cell, int] = {}
+    kernels: dict[bytes, tuple[Kernel, ...]] = {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        last = offset + len(line) == len(data)
+        if last and line:
+            reason = f"cut off after {len(line)} bytes, as a killed writer leaves it; --resume cuts it away and does that point again"
+            found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=reason))
+        elif not last:
+            try:
+                record = _parse(line, kernels)
+            except _BadLine as error:
+                found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=str(error)))
+            else:
+                if _cell(record) in seen:
+                    reason = f"line {seen[_cell(record)]} has a result for the same point already"
+                    found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=reason))
+                elif record.status not in RETRYABLE and record.status != "interrupted":
+                    seen[_cell(record)] = number
+        offset += len(line) + 1
+    return found
+
+
+def settled(records: Iterable[Record]) -> set[Cell]:
+    """What --resume leaves alone: results, and what failed as often as it may."""
+    records = list(records)
+    attempts = Counter(_cell(record) for record in records if record.status in RETRYABLE and not record.reason.startswith(NOT_TRIED))
+    results = {_cell(record) for record in records if record.status not in RETRYABLE and record.status != "interrupted"}
+    return results | {cell for cell, count in attempts.items() if count >= ATTEMPTS}
+
+
+class RunLock:
+    """The right to write one run directory. The kernel takes it back the moment its holder is gone, however it went."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InUse where somebody else has it."""
+        self._fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._fd, 4096).decode(errors="replace").strip() or "a process that has just started"
+            os.close(self._fd)
+            raise InUse(f"{path} is being written by {holder}; wait for it, stop it, or choose another --out") from None
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, f"process {os.getpid()}: {' '.join(['moebench', *sys.argv[1:]])}\n".encode(errors="replace")[:4000])
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._fd)
 
 
 class Journal:
     """Appends records to one run's journal; each is on disk when append returns."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path / "journal.jsonl"
-        self._file: BinaryIO = self.path.open("ab")
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):  # cut the half line a killed writer left
-            self._file.truncate(data.rfind(b"\n") + 1)
+        self.path = path / JOURNAL
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        self._fd = os.open(self.path, flags, 0o644)
+        data = _read(self.path, JOURNAL_BYTES_LIMIT)
+        self._size = data.rfind(b"\n") + 1
+        if self._size < len(data):  # cut the half line a killed writer left
+            os.ftruncate(self._fd, self._size)
 
     def append(self, record: Record) -> None:
-        self._file.write(to_json(record).encode() + b"\n")
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
+        """Raises OSError, and leaves no half line, where the record cannot be stored."""
+        line = _line(record)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+            os.fdatasync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, self._size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._size += len(line)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._fd)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Whole or not at all: a temporary file, then a rename."""
-    temporary = path / "run.json.tmp"
-    temporary.write_text(to_json(manifest) + "\n")
-    temporary.replace(path / "run.json")
+    temporary = path / f"{MANIFEST}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(to_json(manifest) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path / MANIFEST)
 
 
 def merge(runs: Iterable[Run]) -> list[Record]:
     """One record per key, scope, round and contract. A later one beats an earlier one, a measured row beats a skip, which another
     machine wrote for an arch that is not its own, and a time beats the failure before it."""
     chosen: dict[tuple[object, ...], Record] = {}
+    attempted: set[tuple[object, ...]] = set()
     for record in sorted((r for run in runs for r in run.records), key=lambda r: r.time):
-        cell = (*record.key, record.scope, record.round)
+        cell = record.case, record.backend, record.arch, record.scope, record.round  # hashing a case takes 1 us, writing its key 4
         if record.timing:
             chosen.pop((*cell, ""), None)
         chosen[*cell, record.contract_id] = record
-    attempted = {record.key for record in chosen.values() if record.status != "skipped"}
-    return [record for record in chosen.values() if record.status != "skipped" or record.key not in attempted]
+        if record.status != "skipped":
+            attempted.add(cell[:3])
+    return [r for r in chosen.values() if r.status != "skipped" or (r.case, r.backend, r.arch) not in attempted]
 
 
-def _parse(journal: Path, number: int, line: bytes) -> Record:
+def _cell(record: Record) -> Cell:
+    return (*record.key, record.scope, record.round)
+
+
+class _BadLine(ValueError):
+    """Why a line of a journal is no record."""
+
+
+def _line(record: Record) -> bytes:
+    body = to_json(record).encode()
+    return b"%08x %s\n" % (crc32(body), body)
+
+
+def _parse(line: bytes, seen: dict[bytes, tuple[Kernel, ...]]) -> Record:
+    """seen: kernels of the lines before, by their text."""
+    plain = line.startswith(b"{")
+    checksum, _, body = (b"", b"", line) if plain else line.partition(b" ")
+    if not plain and not re.fullmatch(rb"[0-9a-f]{8}", checksum):
+        raise _BadLine(f"is no record: {line[:40]!r}")
+    if not plain and int(checksum, 16) != crc32(body):
+        raise _BadLine(f"its checksum is {checksum.decode()} and that of its {len(body)} bytes is {crc32(body):08x}")
     try:
-        row = json.loads(line)
-        _check_schema(journal, row["schema"])
-        return record_from_dict(row)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{journal}, line {number}: {error}") from None
+        row, text, kernels = _row(body, seen)
+        schema = _check_schema(row.get("schema"))
+        if plain and schema not in PLAIN:
+            raise ValueError(f"has no checksum, as only schemas {' and '.join(PLAIN)} may; it says {schema}")
+        case = row.get("case")
+        experts = case.get("num_experts") if isinstance(case, dict) else None
+        if isinstance(experts, int) and experts > EXPERTS_LIMIT:
+            raise ValueError(f"case.num_experts is {experts}; the limit is {EXPERTS_LIMIT}")
+        record = record_from_dict(row)
+        problem = misfit(record, Record, "the record")
+        if kernels:  # of a line that was good, so not judged again
+            record = replace(record, kernels=kernels)
+    except KeyError as error:
+        raise _BadLine(f"lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise _BadLine(_told(error)) from None
+    if problem:
+        raise _BadLine(problem)
+    if text:
+        seen.setdefault(text, record.kernels)
+    if record.timing is not None and not record.timing.samples_us:
+        raise _BadLine("the record.timing.samples_us is empty")
+    return record
 
 
-def _check_schema(file: Path, schema: str) -> None:
+def _row(body: bytes, seen: dict[bytes, tuple[Kernel, ...]]) -> tuple[dict[str, object], bytes, tuple[Kernel, ...]]:
+    """What the line holds, the text of its kernels, and these where they were seen before and are left out of the first.
+
+    Kernels are 6.7 of a record's 9 KB, and the same in most of a backend's records."""
+    rest, text = _split(body)
+    if text and text in seen:
+        try:
+            row = _json(rest)
+        except ValueError:
+            row = None  # cut at the wrong place: what is wrong with the line, the whole of it says
+        if isinstance(row, dict) and "kernels" not in row:
+            return row, text, seen[text]
+    row = _json(body)
+    if not isinstance(row, dict):
+        raise ValueError("is no record")
+    return row, text, ()
+
+
+def _split(body: bytes) -> tuple[bytes, bytes]:
+    """The line without its kernels, and their text; they stand between facts and scope, and a quote in a text has a backslash."""
+    start = body.find(b',"kernels":[')
+    end = body.find(b'],"scope":"', start)
+    return (body[:start] + body[end + 1 :], body[start:end]) if 0 <= start < end else (body, b"")
+
+
+def _check_schema(schema: object) -> str:
+    if not isinstance(schema, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", schema):
+        raise ValueError(f"schema is {str(schema)[:40]!r}, not a number such as {SCHEMA!r}")
     if schema.split(".")[0] != SCHEMA.split(".")[0]:
-        raise RecordError(f"{file}: schema {schema}, this moebench reads {SCHEMA}; a moebench that writes {schema} is needed")
+        raise ValueError(f"schema {schema}, this moebench reads {SCHEMA}; a moebench that writes {schema} is needed")
+    return schema
+
+
+def _minor(schema: str) -> int:
+    return int(schema.split(".")[1])
+
+
+def _known(row: dict[str, Any], kind: type[Manifest | Device]) -> dict[str, Any]:
+    return {field.name: row[field.name] for field in fields(kind) if field.name in row}
+
+
+def _json(data: bytes) -> object:
+    """Strict: JSON has no NaN and no Infinity. Raises ValueError."""
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _told(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of a regular file, with their ends; none where there is no file. Raises RecordError."""
+    fd = _open(path, JOURNAL_BYTES_LIMIT, missing=True)
+    if fd is not None:
+        with os.fdopen(fd, "rb", buffering=1 << 20) as file:
+            yield from file
+
+
+def _read(path: Path, limit: int, missing: bytes | None = None) -> bytes:
+    """A regular file, whole. Raises RecordError."""
+    fd = _open(path, limit, missing=missing is not None)
+    if fd is None:
+        return missing or b""
+    with os.fdopen(fd, "rb"):
+        return b"".join(_chunks(fd, limit))
+
+
+def _open(path: Path, limit: int, missing: bool) -> int | None:
+    """No link is followed and nothing that is not a file is opened for long. None for what may be missing and is."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if not missing:
+            raise
+        return None
+    except OSError as error:
+        reason = "is a symbolic link, and a run directory holds none" if path.is_symlink() else (error.strerror or str(error))
+        raise RecordError(f"{path}: {reason}") from None
+    facts = os.fstat(fd)
+    problem = "is not a regular file" if not stat.S_ISREG(facts.st_mode) else ""
+    if not problem and facts.st_size > limit:
+        problem = f"has {facts.st_size} bytes; the limit is {limit}"
+    if problem:
+        os.close(fd)
+        raise RecordError(f"{path} {problem}")
+    return fd
+
+
+def _chunks(fd: int, limit: int) -> Iterator[bytes]:
+    left = limit
+    while left > 0 and (chunk := os.read(fd, min(left, 1 << 24))):
+        left -= len(chunk)
+        yield chunk

@@ -5,25 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from random import Random
+from typing import get_args
 
 from moebench.case import MODELS, Case, case, did_you_mean, shape_error
+from moebench.record import SCOPES, L2State, Scope
 from moebench.routing import routing_error, worst_rank
 
 AXES = ("model", "tokens", "top_k", "ep", "ep_ranks", "tp", "tp_ranks", "arch", "routing", "backend", "seed")
 MAX_POINTS = 20_000
+MAX_ROUNDS = 1000
 MAX_FILE_BYTES = 1 << 20
 MAX_TOKENS = 1 << 20
+MAX_TABLES = 1000
+MAX_ERRORS = 50  # found before the rest of a file is not looked at
 SHIPPED = Path(__file__).parent / "plans"
 ARCHS = ("cpu", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121")
 
-L2 = Literal["cold", "hot"]
 Raw = str | int | list[str | int]  # one axis as TOML gives it; the command line gives str
+
+
+TIMING = ("l2", "scope", "rounds", "order_seed")
 
 
 class PlanError(Exception):
@@ -44,7 +51,10 @@ class Point:
 class Plan:
     points: tuple[Point, ...]
     archs: tuple[str, ...] = ()  # empty: whatever this machine is
-    l2: L2 = "cold"
+    l2: L2State = "cold"
+    scope: Scope = "experts"
+    rounds: int = 1  # how often everything is measured, each time in fresh processes
+    order_seed: int = 0  # of the order in which a layer's backends take turns, another in each round
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was put right on the way, such as duplicates
 
     @property
@@ -61,13 +71,27 @@ class Plan:
         """Device memory of the largest point; points run one after the other."""
         return max((point.case.device_bytes for point in self.points), default=0)
 
+    def groups(self) -> Iterator[tuple[int, list[Point]]]:
+        """(round, points that share a layer and a backend, and so a process), in the order in which they are to run.
+
+        A backend that always came first would always meet the coolest GPU."""
+        layers: dict[str, dict[str, list[Point]]] = {}
+        for point in self.points:
+            layers.setdefault(point.case.layer_key, {}).setdefault(point.backend, []).append(point)
+        for number in range(self.rounds):
+            for layer, by_backend in layers.items():
+                names = list(by_backend)
+                Random(f"{self.order_seed} {number} {layer}").shuffle(names)
+                yield from ((number, by_backend[name]) for name in names)
+
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Plan:
         points = [Point(case=Case(**p["case"]), backend=p["backend"]) for p in values["points"]]  # type: ignore[attr-defined]
-        return cls(points=tuple(points), archs=tuple(values["archs"]), l2=values["l2"])  # type: ignore[arg-type]
+        timing = {key: values[key] for key in TIMING if key in values}  # a plan of schema 1.0 has l2 only
+        return cls(points=tuple(points), archs=tuple(values["archs"]), **timing)  # type: ignore[arg-type]
 
 
 def shipped() -> list[str]:
@@ -77,18 +101,19 @@ def shipped() -> list[str]:
 def build(
     options: Mapping[str, str | None],
     file: str | None,
-    l2: L2 | None,
+    timing: Mapping[str, str | int | None],
     known_backends: Sequence[str],
     unknown_backend: Callable[[str], str],
 ) -> Plan:
-    """The plan of a TOML file (a shipped name or a path) whose axes the given options replace; of the options alone without one.
+    """The plan of a TOML file (a shipped name or a path) whose axes and timing the given ones replace; of those alone without one.
 
     Raises PlanError with every error there is."""
     errors: list[str] = []
     tables: list[tuple[str, dict[str, Raw]]] = [("", {})]
+    chosen: dict[str, str | int] = {}
     if file is not None:
-        tables, file_l2 = _read(file, errors)
-        l2 = l2 or file_l2
+        tables, chosen = _read(file, errors)
+    chosen |= {name: value for name, value in timing.items() if value is not None}
     given: dict[str, Raw] = {name: text for name, text in options.items() if text is not None}
     points: list[Point] = []
     archs: list[str] = []
@@ -98,6 +123,8 @@ def build(
         points += expand.points()
         archs += expand.archs
         errors += expand.errors
+        if len(errors) >= MAX_ERRORS or len(points) > 10 * MAX_POINTS:  # whatever of them are duplicates, it is too much
+            break
     unique = tuple(dict.fromkeys(points))
     if len(unique) < len(points):
         notes.append(f"{len(points) - len(unique)} duplicate points dropped")
@@ -107,7 +134,7 @@ def build(
         errors.append("the plan has no points; give at least one model, token count and backend")
     if errors:
         raise PlanError(list(dict.fromkeys(errors)))
-    return Plan(points=unique, archs=tuple(dict.fromkeys(archs)), l2=l2 or "cold", notes=tuple(notes))
+    return Plan(points=unique, archs=tuple(dict.fromkeys(archs)), notes=tuple(notes), **chosen)  # type: ignore[arg-type]  # _timing and the command line check them
 
 
 def parse_ints(text: str, lowest: int, highest: int) -> list[int]:
@@ -189,8 +216,11 @@ class _Expansion:
         top_ks = self._fitting("top_k", self.top_ks, lambda k: self._shape(model, top_k=k)) if self.top_ks else [preset.top_k]
         eps = self._fitting("ep", self.eps, lambda ep: self._shape(model, ep_size=ep))
         tps = self._fitting("tp", self.tps, lambda tp: self._shape(model, tp_size=tp))
-        found = []
+        found: list[Case] = []
         for seed, routing, top_k, tp, ep in product(self.seeds, self.routings, top_ks, tps, eps):
+            if len(found) * len(self.backends) > MAX_POINTS:  # ranks multiply what was counted before
+                self.errors.append(f"{self.where or 'the plan'} expands to more than {MAX_POINTS} points; take fewer values on an axis")
+                break
             for num_tokens in self.tokens:
                 whole = case(model, num_tokens, top_k=top_k, tp_size=tp, ep_size=ep, seed=seed)
                 if problem := routing_error(routing, num_experts=preset.num_experts, top_k=top_k, num_tokens=num_tokens):
@@ -244,7 +274,9 @@ class _Expansion:
             try:
                 values += parse_ints(item, lowest, highest)
             except ValueError as error:
-                self.errors.append(f"{self.key(axis)} {item!r} {error}")
+                self.errors.append(f"{self.key(axis)} {_cut(item)!r} {error}")
+            if len(self.errors) >= MAX_ERRORS or len(values) > 10 * MAX_POINTS:
+                break
         return list(dict.fromkeys(values))
 
     def _words(self, axis: str, default: list[str], known: Iterable[str], complaint: Callable[[str], str]) -> list[str]:
@@ -257,20 +289,24 @@ class _Expansion:
                 good += [name for name in known if fnmatchcase(name, item)]
             else:
                 hint = "" if axis == "backend" else f" (known: {', '.join(known)})"
-                self.errors.append(f"{self.key(axis)} {item!r}: {complaint(item)}{hint}")
+                self.errors.append(f"{self.key(axis)} {_cut(item)!r}: {complaint(_cut(item))}{hint}")
+                if len(self.errors) >= MAX_ERRORS:
+                    break
         return list(dict.fromkeys(good)) if self._items(axis) else default
 
     def _ranks(self, axis: str, default: str) -> str | int:
         items = self._items(axis) or [default]
-        if len(items) == 1 and (items[0] in ("all", "worst") or items[0].isdecimal()):
+        if len(items) == 1 and (items[0] in ("all", "worst") or (items[0].isdecimal() and len(items[0]) < 10)):
             return items[0] if items[0] in ("all", "worst") else int(items[0])
-        self.errors.append(f"{self.key(axis)} {','.join(items)!r} is not all, worst or one rank number")
+        self.errors.append(f"{self.key(axis)} {_cut(','.join(items))!r} is not all, worst or one rank number")
         return "worst"
 
 
-def _read(file: str, errors: list[str]) -> tuple[list[tuple[str, dict[str, Raw]]], L2 | None]:
+def _read(file: str, errors: list[str]) -> tuple[list[tuple[str, dict[str, Raw]]], dict[str, str | int]]:
     path = SHIPPED / f"{file}.toml" if file in shipped() else Path(file)
     try:
+        if path.exists() and not path.is_file():  # a pipe or /dev/zero never ends
+            raise PlanError([f"plan {file}: is not a regular file"])
         if path.stat().st_size > MAX_FILE_BYTES:
             raise PlanError([f"plan {file}: larger than {MAX_FILE_BYTES} bytes"])
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -278,41 +314,58 @@ def _read(file: str, errors: list[str]) -> tuple[list[tuple[str, dict[str, Raw]]
         raise PlanError(
             [f"plan {file!r} is neither a file nor a shipped plan{did_you_mean(file, shipped())}; shipped: {', '.join(shipped())}"]
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not text, not TOML, a number of 5000 digits, a thousand brackets
         raise PlanError([f"plan {file}: {error}"]) from None
     for key in content:
-        if key not in ("description", "sweep", "timing"):
-            errors.append(
-                f"{file}: unknown key {key!r}{did_you_mean(key, ('description', 'sweep', 'timing'))}; known: description, sweep, timing"
-            )
+        if key not in ("description", "sweep", "timing") and len(errors) < MAX_ERRORS:
+            hint = did_you_mean(_cut(key), ("description", "sweep", "timing"))
+            errors.append(f"{file}: unknown key {_cut(key)!r}{hint}; known: description, sweep, timing")
     tables = content.get("sweep", [])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise PlanError([*errors, f"{file}: needs at least one [[sweep]] table"])
-    return [(f"sweep[{i}]", _axes(f"sweep[{i}]", table, errors)) for i, table in enumerate(tables)], _l2(content.get("timing", {}), errors)
+    if len(tables) > MAX_TABLES:
+        raise PlanError([*errors, f"{file}: has {len(tables)} [[sweep]] tables; the limit is {MAX_TABLES}"])
+    axes = [(f"sweep[{i}]", _axes(f"sweep[{i}]", table, errors)) for i, table in enumerate(tables)]
+    return axes, _timing(content.get("timing", {}), errors)
 
 
 def _axes(where: str, table: Mapping[str, object], errors: list[str]) -> dict[str, Raw]:
     good: dict[str, Raw] = {}
     for key, value in table.items():
         items = value if isinstance(value, list) else [value]
+        if len(errors) >= MAX_ERRORS:
+            break
         if key not in AXES:
-            errors.append(f"{where}.{key}: unknown axis{did_you_mean(key, AXES)}; known: {', '.join(AXES)}")
+            errors.append(f"{where}.{_cut(key)}: unknown axis{did_you_mean(_cut(key), AXES)}; known: {', '.join(AXES)}")
         elif not all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in items):
-            errors.append(f"{where}.{key} = {value!r}: give a number, a string, or a list of them")
+            errors.append(f"{where}.{key} = {_cut(repr(value))}: give a number, a string, or a list of them")
         else:
             good[key] = value  # type: ignore[assignment]  # checked above
     return good
 
 
-def _l2(timing: object, errors: list[str]) -> L2 | None:
-    if not isinstance(timing, dict):
+def _timing(table: object, errors: list[str]) -> dict[str, str | int]:
+    if not isinstance(table, dict):
         errors.append('timing: must be a table, such as [timing] with l2 = "cold"')
-        return None
-    for key in timing:
-        if key != "l2":
-            errors.append(f"timing.{key}: unknown key{did_you_mean(key, ['l2'])}; known: l2")
-    value = timing.get("l2")
-    if value is not None and value not in ("cold", "hot"):
-        errors.append(f'timing.l2 = {value!r}: give "cold" or "hot"')
-        return None
-    return value
+        return {}
+    good: dict[str, str | int] = {}
+    words = {"l2": get_args(L2State), "scope": SCOPES}
+    numbers = {"rounds": (1, MAX_ROUNDS), "order_seed": (0, (1 << 31) - 1)}
+    for key, value in table.items():
+        if key in words and value in words[key]:
+            good[key] = value
+        elif key in words:
+            choices = " or ".join(f'"{word}"' for word in words[key])
+            errors.append(f"timing.{key} = {_cut(repr(value))}: give {choices}")
+        elif key not in numbers:
+            errors.append(f"timing.{_cut(key)}: unknown key{did_you_mean(_cut(key), TIMING)}; known: {', '.join(TIMING)}")
+        elif type(value) is int and numbers[key][0] <= value <= numbers[key][1]:
+            good[key] = value
+        else:
+            errors.append(f"timing.{key} = {_cut(repr(value))}: give a whole number, {numbers[key][0]} to {numbers[key][1]}")
+    return good
+
+
+def _cut(text: str) -> str:
+    """Enough of it to recognize; a hostile file may hold a word of a million letters."""
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -15,8 +15,8 @@ from moebench.routing import Realized
 
 # Schema history; a newer major is not readable by older code.
 # 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
-# 1.1  scope, round, contract, roofline, telemetry, canary, flags, phases_s; timing: regions of several calls, why it stopped, proof of
-#      a cold L2, host time, cross-check, the window it was taken in; statuses oom to interrupted
+# 1.1  scope, round, contract, roofline, telemetry, canary, flags, phases_s, launches_compared; timing: regions of several calls, why it
+#      stopped, proof of a cold L2, host time, cross-check, the window it was taken in; statuses oom to interrupted; a checksum a line
 SCHEMA = "1.1"
 
 Status = Literal[
@@ -98,6 +98,7 @@ class Timing:
     host_bound: bool = False  # the GPU waited for the host within the timed region
     busy_us: float | None = None  # sum of kernel times of one call, by the profiler
     span_us: float | None = None  # first kernel's start to last kernel's end, per call, by the profiler
+    traced_us: float | None = None  # the clock's time of the same region: profiled calls are slower, so it is not the median
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
@@ -221,6 +222,7 @@ class Record:
     prepare_s: float | None = None
     facts: dict[str, str | int | float] = field(default_factory=dict)  # what the backend says of itself: padding, tactics, tuning
     kernels: tuple[Kernel, ...] = ()  # what one call really launched, in order of first launch; empty on a CPU
+    launches_compared: int = 0  # that gave the same bits, or were within tolerance where the backend says that its bits differ
     scope: Scope = "experts"
     round: int = 0  # of the plan's repetitions, each in fresh processes
     contract: Contract | None = None  # of the timing
@@ -310,6 +312,7 @@ def record_from_dict(row: dict[str, object]) -> Record:
     return Record(**values)  # type: ignore[arg-type]
 
 
+_LISTS: dict[type, tuple[str, ...]] = {Timing: ("samples_us", "window_s"), Realized: ("pairs_per_rank",), Telemetry: ("sm_mhz", "window_s")}
 _PARTS: dict[str, type] = {
     "error": Error,
     "timing": Timing,
@@ -322,7 +325,10 @@ _PARTS: dict[str, type] = {
 
 
 def _part(kind: type, value: dict[str, object]) -> object:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    for name in _LISTS.get(kind, ()):
+        if isinstance(value.get(name), list):
+            value = {**value, name: tuple(value[name])}  # type: ignore[arg-type]
+    return kind(**value)
 
 
 def _known(row: dict[str, object]) -> dict[str, object]:

@@ -22,6 +22,8 @@ FAMILIES: dict[str, str] = {
     "trace": 'trace:FILE, JSON lines of {"ids": [...], "weights": [...]}',
 }
 TRACE_BYTES_LIMIT = 64 * 2**20
+SPEC_CHARACTERS_LIMIT = 100
+TRACE_CHARACTERS_LIMIT = 5000  # a path has at most 4096
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -95,6 +97,8 @@ def worst_rank(case: Case) -> int:
 
 def routing_error(spec: str, *, num_experts: int, top_k: int, num_tokens: int) -> str | None:
     """What is wrong with a routing for these numbers, as a sentence with a way out, or None. Reads the file of a trace."""
+    if len(spec) > (limit := TRACE_CHARACTERS_LIMIT if spec.startswith("trace:") else SPEC_CHARACTERS_LIMIT):
+        return f"routing={spec[:40]!r}... has {len(spec)} characters; the limit is {limit}"
     family, colon, argument = spec.partition(":")
     if family not in FAMILIES:
         return f"unknown routing {spec!r}{did_you_mean(family, FAMILIES)}; known routings: {'; '.join(FAMILIES.values())}"
@@ -188,7 +192,7 @@ def _hotspot(seed: int, tokens: int, experts: int, top_k: int, share: float, hot
 def _hotspot_error(spec: str, argument: str, num_experts: int, top_k: int) -> str | None:
     share_text, _, hot_text = argument.partition("@")
     share = _number(share_text)
-    if share is None or not 0 <= share <= 1 or not (hot_text.isascii() and hot_text.isdigit()):
+    if share is None or not 0 <= share <= 1 or not (hot_text.isascii() and hot_text.isdigit() and len(hot_text) < 10):
         return f"routing={spec!r}: not a share between 0 and 1 and a number of experts; write {FAMILIES['hotspot']}"
     hot = int(hot_text)
     if not 1 <= hot < num_experts:
@@ -235,7 +239,11 @@ def _to_bf16(values: NDArray[np.float64]) -> Floats:
 def _read_trace(name: str, num_experts: int, top_k: int, num_tokens: int) -> list[tuple[list[int], list[float]]]:
     """The first num_tokens lines of a trace. Raises _TraceError."""
     path = Path(name)
+    if "\0" in name:
+        raise _TraceError(f"trace {name!r}: a path holds no NUL")
     try:
+        if not path.is_file() and path.exists():  # a pipe or /dev/zero never ends
+            raise _TraceError(f"trace {name} cannot be read: it is not a regular file")
         size = path.stat().st_size
         if size > TRACE_BYTES_LIMIT:
             raise _TraceError(f"trace {name} has {size} bytes; the limit is {TRACE_BYTES_LIMIT}, keep the lines you need (head -n)")

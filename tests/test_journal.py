@@ -1,17 +1,27 @@
 """Journals keep what they acknowledged, and say what they cannot read."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
+from click.testing import CliRunner
 
 from moebench.case import case
+from moebench.cli import main
 from moebench.device import Device
-from moebench.journal import Journal, load_run, merge, write_manifest
+from moebench.failure import shortage
+from moebench.journal import InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
 from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
 from moebench.routing import Realized
+from tests.running import ENVIRONMENT, ROOT
 
+GOLDEN = Path(__file__).parent / "golden"
 DEVICE = Device(arch="sm90", name="NVIDIA H200", torch="cuda:0", memory_bytes=1)
 RECORD = Record(
     case=case("tiny", 4),
@@ -36,6 +46,10 @@ def run_directory(path: Path, *records: Record) -> Path:
         journal.append(record)
     journal.close()
     return path
+
+
+def checked(text: str) -> str:
+    return f"{crc32(text.encode()):08x} {text}"
 
 
 def test_a_record_survives_its_journal(tmp_path):
@@ -65,9 +79,19 @@ def test_a_torn_last_line_costs_only_itself(tmp_path, cut):
     [
         ("{}", "schema"),
         ("not json", "line 2"),
-        (to_json(RECORD).replace('"ok"', '"fine"'), "status 'fine'"),
-        (to_json(replace(RECORD, schema="2.0")), "schema 2.0"),
-        (to_json(RECORD).replace('"backend":"b",', ""), "backend"),
+        (checked(to_json(RECORD).replace('"ok"', '"fine"')), "status 'fine'"),
+        (checked(to_json(replace(RECORD, schema="2.0"))), r"schema 2\.0.*a moebench that writes 2\.0 is needed"),
+        (checked(to_json(RECORD).replace('"backend":"b",', "")), "backend"),
+        (checked(to_json(RECORD).replace('"backend":"b"', '"backend":7')), r"record\.backend is 7, not str"),
+        (checked(to_json(RECORD).replace("[1.0,2.0,4.0]", "[1.0,1e999]")), r"samples_us\[1\] is inf, not a finite number"),
+        (checked(to_json(RECORD).replace("[1.0,2.0,4.0]", "[]")), "samples_us is empty"),
+        (checked(to_json(RECORD).replace("[1.0,2.0,4.0]", "[NaN]")), "NaN is not JSON"),
+        (checked(to_json(RECORD).replace('"num_experts":8', '"num_experts":1000000000000')), "num_experts"),
+        (checked(to_json(RECORD).replace('"num_tokens":4', '"num_tokens":"four"')), "line 2"),
+        (checked("[" * 100_000), "nested too deeply"),
+        (checked(to_json(RECORD))[:-1] + " ", "checksum"),
+        (to_json(replace(RECORD, schema="1.7")), "no checksum"),
+        ("", "is no record"),
     ],
 )
 def test_an_unreadable_line_is_named(tmp_path, line, part):
@@ -75,6 +99,144 @@ def test_an_unreadable_line_is_named(tmp_path, line, part):
     with (path / "journal.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(RecordError, match=part):
+        load_run(path)
+
+
+def test_a_manifest_of_a_newer_minor_schema_is_read_without_what_it_added(tmp_path):
+    path = run_directory(tmp_path / "run", RECORD)
+    row = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**row, "schema": "1.999", "surprise": 1, "device": {**row["device"], "surprise": 2}}))
+    assert load_run(path).manifest.device == DEVICE
+    (path / "run.json").write_text(json.dumps({**row, "surprise": 1}))
+    with pytest.raises(RecordError, match="surprise"):
+        load_run(path)
+
+
+def test_every_bit_of_a_line_counts(tmp_path):
+    path = run_directory(tmp_path / "run", RECORD, replace(RECORD, backend="c"))
+    journal = path / "journal.jsonl"
+    good = journal.read_bytes()
+    second = good.index(b"\n") + 1
+    for place in range(second, len(good) - 1, 61):
+        for bit in (0, 5):
+            bad = bytearray(good)
+            bad[place] ^= 1 << bit
+            journal.write_bytes(bad)
+            (problem, *_) = problems(path)
+            assert (problem.line, problem.offset) == (2, second)
+            with pytest.raises(RecordError, match=rf"line 2 \(byte {second}\)"):
+                load_run(path)
+
+
+def test_fsck_names_line_byte_and_reason_of_all_that_is_wrong(tmp_path):
+    path = run_directory(tmp_path / "run", RECORD, RECORD)
+    journal = path / "journal.jsonl"
+    size = len(journal.read_bytes()) // 2
+    with journal.open("a") as file:
+        file.write("nonsense\n" + checked(to_json(replace(RECORD, schema="2.0"))) + "\n" + checked(to_json(RECORD))[:100])
+    (path / "run.json").write_text("{}")
+    found = problems(path)
+    assert [(p.file, p.line, p.offset) for p in found] == [
+        ("run.json", 0, 0),
+        ("journal.jsonl", 2, size),
+        ("journal.jsonl", 3, 2 * size),
+        ("journal.jsonl", 4, 2 * size + 9),
+        ("journal.jsonl", 5, len(journal.read_bytes()) - 100),
+    ]
+    for problem, part in zip(found, ("schema", "line 1 has a result", "b'nonsense'", "schema 2.0", "cut off after 100 bytes"), strict=True):
+        assert part in problem.reason
+    shown = CliRunner().invoke(main, ["fsck", str(path)])
+    assert shown.exit_code == 6
+    assert f"journal.jsonl, line 3 (byte {2 * size}): is no record" in shown.output
+    document = json.loads(CliRunner().invoke(main, ["fsck", str(path), "--json"]).output)
+    assert document["exit_code"] == 6
+    assert [problem["line"] for problem in document["problems"]] == [0, 2, 3, 4, 5]
+
+
+def test_fsck_is_content_with_a_good_run_and_with_retries(tmp_path):
+    failed = replace(RECORD, status="hang", timing=None)
+    path = run_directory(tmp_path / "run", failed, replace(failed, status="interrupted"), RECORD)
+    shown = CliRunner().invoke(main, ["fsck", str(path)])
+    assert (shown.exit_code, shown.output) == (0, f"{path}: all is well\n")
+    assert CliRunner().invoke(main, ["fsck", str(tmp_path / "none")]).exit_code == 6
+
+
+@pytest.mark.parametrize("schema", sorted(path.name for path in GOLDEN.iterdir()))
+def test_runs_of_every_schema_so_far_are_read(schema):
+    run = load_run(GOLDEN / schema)
+    rows = {(r.backend, r.case.num_tokens): r for r in run.records}
+    assert {r.schema for r in run.records} == {run.manifest.schema} == {schema.split("-")[0]}
+    assert len(rows) == 8
+    assert [rows["torch", tokens].status for tokens in (2, 4)] == ["ok", "ok"]
+    assert rows["torch", 2].timing is not None
+    assert rows["torch", 2].timing.median_us > 0
+    assert [rows["fault_raises", tokens].status for tokens in (2, 4)] == ["ok", "failed"]
+    assert rows["fault_zeros", 2].status == "wrong"
+    assert rows["fault_skips", 2].reason == "needs a quantum computer; none is known"
+    assert problems(GOLDEN / schema) == []
+    for style in ("md", "csv"):
+        assert CliRunner().invoke(main, ["report", str(GOLDEN / schema), "--format", style]).exit_code == 0
+
+
+def test_results_are_settled_and_failures_once_retried(tmp_path):
+    wrong = replace(RECORD, backend="wrong", status="wrong")
+    once = replace(RECORD, backend="once", status="crash")
+    twice = replace(RECORD, backend="twice", status="hang")
+    stopped = replace(RECORD, backend="stopped", status="interrupted")
+    recovered = replace(RECORD, backend="recovered", status="oom")
+    short = shortage(2, 1)
+    assert short is not None
+    untried = replace(RECORD, backend="untried", status=short.status, reason=short.reason)
+    records = [RECORD, wrong, once, twice, twice, stopped, stopped, recovered, replace(recovered, status="ok"), replace(once, round=1)]
+    records += [untried, untried]
+    assert {(cell[1], cell[4]) for cell in settled(records)} == {("b", 0), ("wrong", 0), ("twice", 0), ("recovered", 0)}
+
+
+def test_one_process_writes_a_run_and_the_next_learns_who(tmp_path):
+    with RunLock(tmp_path):
+        code = "import sys; from pathlib import Path; from moebench.journal import RunLock; RunLock(Path(sys.argv[1]))"
+        other = subprocess.run(
+            [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert other.returncode == 1
+        assert f"is being written by process {os.getpid()}: moebench" in other.stderr
+        with pytest.raises(InUse, match=f"process {os.getpid()}"):
+            RunLock(tmp_path)
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_those_before_it(tmp_path):
+    code = (
+        "import sys, resource; from pathlib import Path; from moebench.journal import Journal, load_run\n"
+        "path = Path(sys.argv[1]); record = load_run(path).records[0]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "journal = Journal(path)\n"
+        "journal.append(record)\n"
+        "try: journal.append(record)\n"
+        "except OSError as error: print(error.strerror, error.filename)"
+    )
+    path = run_directory(tmp_path / "run", RECORD)
+    size = (path / "journal.jsonl").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, str(2 * size + size // 2)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"File too large {path / 'journal.jsonl'}\n"
+    assert load_run(path).records == (RECORD, RECORD)
+    assert not load_run(path).torn
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # the limit was the child's
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "run.json"])
+def test_a_link_or_a_pipe_in_a_run_directory_is_not_followed(tmp_path, name):
+    path = run_directory(tmp_path / "run", RECORD)
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecordError, match="symbolic link"):
+        load_run(path)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(RecordError, match="not a regular file"):
         load_run(path)
 
 

@@ -9,7 +9,7 @@ BACKENDS = ("torch", "numpy", "triton_mxfp4_bf16")
 
 
 def plan(file=None, l2=None, **options):
-    return build(options, file, l2, BACKENDS, lambda name: f"unknown backend {name!r}")
+    return build(options, file, {"l2": l2}, BACKENDS, lambda name: f"unknown backend {name!r}")
 
 
 def errors(file=None, **options):

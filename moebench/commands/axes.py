@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from moebench import registry
 from moebench.commands.outcome import USAGE, fail
-from moebench.plan import Plan, PlanError, build
+from moebench.plan import MAX_ROUNDS, TIMING, Plan, PlanError, build
+from moebench.record import SCOPES
 from moebench.sweep import Survey, SweepError
 from moebench.sweep import survey as survey_machine
 
@@ -34,11 +35,33 @@ def axis_options(command: click.decorators.FC) -> click.decorators.FC:
     return command
 
 
-def build_plan(axes: dict[str, str | None], plan_file: str | None, l2: Literal["cold", "hot"] | None) -> Plan:
+def timing_options(command: click.decorators.FC) -> click.decorators.FC:
+    options = (
+        click.option("--scope", type=click.Choice(SCOPES), help="From ids and weights, or from router logits.  [default: experts]"),
+        click.option("--l2", type=click.Choice(["cold", "hot"]), help="State of the L2 cache before each call.  [default: cold]"),
+        click.option(
+            "--rounds",
+            type=click.IntRange(1, MAX_ROUNDS),
+            metavar="N",
+            help="Measure everything this often, in fresh processes.  [default: 1]",
+        ),
+        click.option(
+            "--order-seed", type=click.IntRange(0, (1 << 31) - 1), metavar="N", help="Of the order of the backends.  [default: 0]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def build_plan(options: Mapping[str, str | int | None], plan_file: str | None) -> Plan:
+    """options: by the names of axes and of TIMING, as axis_options and timing_options give them."""
+    axes = {name: value for name, value in options.items() if name not in TIMING}
+    timing = {name: value for name, value in options.items() if name in TIMING}
     if plan_file is None and not any(axes.values()):
         plan_file = "quick"
     try:
-        return build(axes, plan_file, l2, registry.names(), registry.unknown)
+        return build(axes, plan_file, timing, registry.names(), registry.unknown)  # type: ignore[arg-type]  # axes are texts
     except PlanError as error:
         fail(error.errors, USAGE)
     except registry.RegistryError as error:
