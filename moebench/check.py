@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +33,15 @@ class Finding:
     error: Error | None = None
     output: Tensor | None = None  # of a call that is wrong and no more than that, for a diagnosis
     differing: int = 0  # elements that were not the same bits in all launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """What many launches of one call gave."""
+
+    launches: int  # compared; fewer than asked for where they did not fit
+    mismatches: int  # launches of them that came out different
+    finding: Finding  # ok, or what the first of those is
 
 
 def inspect(
@@ -131,6 +141,87 @@ def compare(out: Tensor, ref: Tensor, act_dtype: ActDtype) -> Error:
         columns=columns,
         max_abs=max(chunk[3] for chunk in chunks),
     )
+
+
+def repeat_check(
+    run: Callable[[int], Tensor],
+    expected: Sequence[Tensor],
+    act_dtype: ActDtype,
+    *,
+    launches: int = 300,
+    budget_s: float = 1.0,
+    deterministic: bool = True,
+) -> Repeats:
+    """Launch inputs 0 to len(expected) - 1 in turn, launches times in all or as often as fits into budget_s, and compare every output.
+
+    run(i) launches input i and returns its output, which is filled with NaN after it was compared, so that a launch that leaves out a
+    part cannot pass with what the one before it wrote. expected[i]: bf16 [M, H], what a checked launch of input i gave, whose bits every
+    launch must give; where deterministic is False, the reference of input i, within whose tolerance every launch must be. Nothing is
+    copied to the host but counts, in stretches that grow to budget_s / 4, so a launch waits for no other."""
+    assert expected  # at least one input
+    judges = [_Judge(want, act_dtype, deterministic) for want in expected]
+    total = torch.zeros((), dtype=torch.int64, device=expected[0].device)  # launches that are off
+    first = torch.full_like(total, -1)  # the first of them
+    kept: Tensor | None = None  # and its output
+    done, mismatches, stretch, started = 0, 0, 1, time.perf_counter()
+    while done < launches:
+        for number in range(done, min(done + stretch, launches)):
+            judge = judges[number % len(judges)]
+            out = run(number % len(judges))
+            bad = judge.is_off(out)  # bool []
+            new = bad & (first < 0)
+            first = torch.where(new, number, first)
+            kept = torch.where(new, out, torch.zeros_like(out) if kept is None else kept)
+            total += bad
+            out.fill_(float("nan"))
+            done += 1
+        mismatches = int(total)  # waits for the device
+        elapsed_s = time.perf_counter() - started
+        if elapsed_s >= budget_s:
+            break
+        fitting = int((budget_s - elapsed_s) * done / elapsed_s)
+        stretch = max(1, min(4 * done, fitting, 1 + int(budget_s / 4 * done / elapsed_s)))
+        if not fitting:
+            break
+    if not mismatches or kept is None:
+        return Repeats(launches=done, mismatches=0, finding=Finding(status="ok"))
+    number = int(first)
+    return Repeats(launches=done, mismatches=mismatches, finding=judges[number % len(judges)].finding(kept, number, mismatches, done))
+
+
+class _Judge:
+    """Whether an output of one input is what it should be, decided where it is."""
+
+    def __init__(self, expected: Tensor, act_dtype: ActDtype, deterministic: bool) -> None:
+        self._expected, self._act_dtype, self._deterministic = expected, act_dtype, deterministic
+        if deterministic:
+            return
+        exact = expected.double().square()
+        self._norm = exact.sum().sqrt()  # compare's measures, with what does not depend on the output taken once
+        floor = self._norm / max(exact.numel(), 1) ** 0.5 * 1e-6
+        token = exact.mean(1, keepdim=True).sqrt().float()
+        column = (exact.sum(0) / max(len(exact), 1)).sqrt().clamp_min(floor).float()
+        self._size = torch.maximum(expected.float().abs(), torch.maximum(token, column))  # float32 [M, H]
+
+    def is_off(self, out: Tensor) -> Tensor:
+        if self._deterministic:
+            return (_bits(out) != _bits(self._expected)).any()
+        difference = (out.float() - self._expected.float()).abs()
+        far = ~(difference <= WORST_TOLERANCE[self._act_dtype] * self._size).all()  # written so that NaN is far
+        norm = difference.double().square().sum().sqrt()
+        return far | ~(norm <= REL_L2_TOLERANCE[self._act_dtype] * self._norm)
+
+    def finding(self, out: Tensor, number: int, mismatches: int, launches: int) -> Finding:
+        which = f"{mismatches} of {launches} launches came out different, the first of them launch {number}"
+        if reason := _nonfinite(out, f" in launch {number}"):
+            return Finding(status="nonfinite", reason=f"{which}: {reason}")
+        expected = self._expected.float()
+        error = compare(out, expected, self._act_dtype)
+        differing = int((out != expected).sum())
+        if error.ok and self._deterministic:
+            reason = f"{which}: {_difference(out, self._expected)}, all within tolerance"
+            return Finding(status="nondeterministic", reason=reason, error=error, differing=differing)
+        return Finding(status="wrong", reason=f"{which}: {_sentence(out, expected, error)}", error=error, output=out, differing=differing)
 
 
 class _Poison(TorchDispatchMode):

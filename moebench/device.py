@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "numpy", "flashinfer-python", "nvtx", "nvidia-ml-py")
+PACKAGES = ("torch", "triton", "numpy", "flashinfer-python", "vllm", "cuda-bindings", "nvidia-cuda-nvrtc", "nvtx", "nvidia-ml-py")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,10 +176,11 @@ def _timing_disagree(record: Record) -> str:
     timing = record.timing
     if timing is None or timing.span_us is None:
         return ""
-    apart_us = abs(timing.median_us - timing.span_us)
-    if apart_us <= max(DISAGREEMENT * timing.median_us, DISAGREEMENT_US):
+    clock_us = timing.median_us if timing.traced_us is None else timing.traced_us
+    apart_us = abs(clock_us - timing.span_us)
+    if apart_us <= max(DISAGREEMENT * clock_us, DISAGREEMENT_US):
         return ""
-    return f"{timing.median_us:.1f} us by {timing.clock}, {timing.span_us:.1f} us by the profiler: {apart_us:.1f} us apart"
+    return f"{clock_us:.1f} us by {timing.clock}, {timing.span_us:.1f} us by the profiler: {apart_us:.1f} us apart"
 
 
 def _ecc(record: Record) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
-from moebench.record import ClockName, L2State, Timing
+from moebench.record import ClockName, L2Method, L2State, StopReason, Timing
 
 if TYPE_CHECKING:
     import torch
 
 Call = Callable[[], "torch.Tensor"]
+
+REGION_US = 1000.0  # about this long, so that an event's 0.5 us and a graph's launch of some us are below 1 % of it
+LEAST_REGION_US = 300.0  # of eager calls, whose launches the host must have enqueued before the GPU wakes
+LONGEST_LEAD_S = 0.02  # of a device sleep that lets the host get ahead; longer would only hide that the host is the bottleneck
+CLOCK_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,82 +32,138 @@ class StopRule:
     min_samples: int
     max_samples: int
     max_s: float
+    min_s: float = 0.0
     target: float = 0.005  # half width of the median's 95 % interval, relative
-    warmup_s: float = 0.0
-    batch: int = 1  # samples between two looks at the rule
+    warmup_s: float = 0.0  # at least; then until two batches agree
+    max_warmup_s: float = 0.0
+    batch_s: float = 0.05  # between two looks at the rule
+
+    @property
+    def warmup(self) -> str:
+        """The rule for the warm-up, as a contract states it."""
+        if not self.warmup_s:
+            return "none"
+        return f"at least {self.warmup_s:g} s, until two batches agree within 1 % and the SM clock too, at most {self.max_warmup_s:g} s"
 
 
-GPU_RULE = StopRule(min_samples=40, max_samples=400, max_s=2.0, warmup_s=0.1, batch=20)
-ONCE = StopRule(min_samples=1, max_samples=1, max_s=0.0)
+# The last 0.5 % of a noisy point costs more than it tells; with 0.3 s most points of an H200 are known to 0.1 %.
+GPU_RULE = StopRule(min_samples=30, max_samples=2000, min_s=0.3, max_s=10.0, warmup_s=0.25, max_warmup_s=5.0)
 CPU_RULE = StopRule(min_samples=3, max_samples=50, max_s=3.0, target=0.02)
+ONCE = StopRule(min_samples=1, max_samples=1, max_s=0.0)
 
 
 class Stopwatch(Protocol):
-    """A call made ready to be timed by one clock."""
+    """Calls made ready to be timed by one clock."""
 
     @property
     def clock(self) -> ClockName: ...
     @property
     def l2(self) -> L2State | None: ...
     @property
-    def l2_method(self) -> str: ...
+    def l2_method(self) -> L2Method: ...
+    @property
+    def calls_per_region(self) -> int: ...
     @property
     def note(self) -> str: ...
-
-    def run(self) -> torch.Tensor:
-        """Run the timed thing once, untimed, and return its output (valid until the next run)."""
+    @property
+    def host_bound(self) -> bool:
+        """Whether the GPU ran dry in any region so far."""
         ...
 
     def sample(self, count: int) -> list[float]:
-        """Microseconds of `count` runs, one after the other."""
+        """Microseconds per call of `count` regions, one after the other."""
+        ...
+
+    def outputs(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Run what is timed once more, untimed: each output that is still there after it, valid until the next, and which call's it is."""
+        ...
+
+    def now(self) -> float:
+        """Seconds that pass as the samples do; the machine's monotonic clock where they are real."""
+        ...
+
+    def sm_mhz(self) -> float | None:
+        """The SM clock right now, where it can be asked."""
         ...
 
 
 def measure(watch: Stopwatch, rule: StopRule) -> Timing:
     """Warm up, then sample until the rule is content. Nothing is trimmed."""
-    warmups = _warm_up(watch, rule.warmup_s)
+    started = watch.now()
+    warmups, settled = _warm_up(watch, rule)
+    first = watch.now()
     samples: list[float] = []
-    started = time.perf_counter()
     gc.disable()  # a collection inside a sample would be measured as kernel time
     try:
-        while not _enough(samples, time.perf_counter() - started, rule):
-            samples += watch.sample(min(_batch(samples, rule), rule.max_samples - len(samples)))
+        while not (reason := _enough(samples, watch, watch.now() - first, rule)):
+            samples += watch.sample(min(_batch(samples, watch, rule), rule.max_samples - len(samples)))
     finally:
         gc.enable()
     return Timing(
         samples_us=tuple(samples),
         clock=watch.clock,
         l2=watch.l2,
-        l2_method=watch.l2_method,
+        l2_method=L2_SENTENCES[watch.l2_method],
         warmup_calls=warmups,
         note=watch.note,
+        calls_per_region=watch.calls_per_region,
+        stop_reason=reason,
+        warmup_s=first - started,
+        settled=settled,
+        host_bound=watch.host_bound,
+        window_s=(first, watch.now()),
     )
 
 
-def _warm_up(watch: Stopwatch, seconds: float) -> int:
-    calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds and calls < 1000:
-        watch.sample(5)
-        calls += 5
-    return calls
+L2_SENTENCES: dict[L2Method, str] = {
+    "rotation": "calls rotate over other experts and weight copies",
+    "read_flush": "a large buffer is read before each call",
+    "replay": "the same call again and again",
+    "none": "host time; CPU caches as they are",
+}
 
 
-def _batch(samples: Sequence[float], rule: StopRule) -> int:
-    """Samples until the next look at the rule: about a tenth of its time, after a first few that tell how long one takes."""
+def _warm_up(watch: Stopwatch, rule: StopRule) -> tuple[int, bool]:
+    """(calls made, whether the last two batches agreed)."""
+    if not rule.warmup_s:
+        return 0, True
+    started, regions = watch.now(), 0
+    before: tuple[float, float | None] | None = None
+    samples: list[float] = []
+    while True:
+        samples = watch.sample(_batch(samples, watch, rule))
+        regions += len(samples)
+        here = median(samples), watch.sm_mhz()
+        elapsed = watch.now() - started
+        if elapsed >= rule.warmup_s and before is not None and _agree(before, here):
+            return regions * watch.calls_per_region, True
+        if elapsed >= rule.max_warmup_s:
+            return regions * watch.calls_per_region, False
+        before = here
+
+
+def _agree(a: tuple[float, float | None], b: tuple[float, float | None]) -> bool:
+    same_time = abs(a[0] - b[0]) <= CLOCK_TOLERANCE * max(a[0], b[0])
+    same_clock = a[1] is None or b[1] is None or abs(a[1] - b[1]) <= CLOCK_TOLERANCE * max(a[1], b[1])
+    return same_time and same_clock
+
+
+def _batch(samples: Sequence[float], watch: Stopwatch, rule: StopRule) -> int:
+    """Regions until the next look at the rule, after a first few that tell how long one takes."""
     if not samples:
-        return min(rule.batch, 5)
-    return max(1, min(rule.batch, int(rule.max_s / 10 * 1e6 / max(samples[-1], 1.0))))
+        return min(rule.min_samples, 5)
+    return max(1, int(rule.batch_s * 1e6 / max(samples[-1] * watch.calls_per_region, 1.0)))
 
 
-def _enough(samples: Sequence[float], elapsed_s: float, rule: StopRule) -> bool:
+def _enough(samples: Sequence[float], watch: Stopwatch, elapsed_s: float, rule: StopRule) -> StopReason:
     if len(samples) >= rule.max_samples:
-        return True
+        return "once" if rule.max_samples == 1 else "max_samples"
     if elapsed_s >= rule.max_s and len(samples) >= min(rule.min_samples, 5):
-        return True
-    if len(samples) < rule.min_samples:
-        return False
-    low, high = Timing(samples_us=tuple(samples), clock="simulated", l2=None, l2_method="", warmup_calls=0).interval_us
-    return (high - low) / 2 <= rule.target * sorted(samples)[len(samples) // 2]
+        return "max_s"
+    if len(samples) < rule.min_samples or elapsed_s < rule.min_s:
+        return ""
+    low, high = Timing(samples_us=tuple(samples), clock=watch.clock, l2=None, l2_method="", warmup_calls=0).interval_us
+    return "interval" if (high - low) / 2 <= rule.target * median(samples) else ""
 
 
 class WallStopwatch:
@@ -108,17 +171,25 @@ class WallStopwatch:
 
     clock: ClockName = "wall"
     l2: L2State | None = None
-    l2_method = "host time; CPU caches as they are"
+    l2_method: L2Method = "none"
+    calls_per_region = 1
     note = ""
+    host_bound = False
 
     def __init__(self, call: Call) -> None:
         self._call = call
 
-    def run(self) -> torch.Tensor:
-        return self._call()
+    def outputs(self) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, self._call()
 
     def sample(self, count: int) -> list[float]:
         return [self._once() for _ in range(count)]
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sm_mhz(self) -> float | None:
+        return None
 
     def _once(self) -> float:
         start = time.perf_counter_ns()
@@ -127,83 +198,143 @@ class WallStopwatch:
 
 
 class CudaStopwatch:
-    """CUDA events around a CUDA-graph replay, or around an eager call where capture fails.
+    """CUDA events around regions of calls: replays of a CUDA graph, or eager calls where capture fails.
 
-    Cold L2: before each sample a buffer of four times the L2 is *read*. Reading evicts the weights and leaves no dirty lines;
-    evicting by writing would make the timed kernel pay 6 to 12 us of write-back on an H200 (docs/measuring.md). The read keeps
-    the GPU busy while the host enqueues the rest, so launch latency stays outside; an eager call gets a bounded device sleep too."""
+    The calls are made in turn, so that what one leaves in the L2 is evicted by the others before it is used again (rotation.py plans
+    and proves that). Where they do not suffice, `flush_bytes` are *read* before each call, which is then a region of its own: reading
+    evicts the weights and leaves no dirty lines; evicting by writing makes the timed kernel pay 6 to 12 us of write-back on an H200.
 
-    def __init__(self, call: Call, l2: L2State, l2_bytes: int) -> None:
+    Before each batch the GPU sleeps for a bounded time in which the host gets ahead of it, so launch latency stays outside."""
+
+    def __init__(self, calls: Sequence[Call], l2: L2State, flush_bytes: int = 0, sm_mhz: Callable[[], float | None] | None = None) -> None:
         import torch
 
-        self._torch = torch
-        self._call = call
+        self._torch, self._ask_clock = torch, sm_mhz
+        self._calls = calls if l2 == "cold" else calls[:1]
         self.l2: L2State | None = l2
-        self._lead_cycles = 0
-        self._graph, self._output, failure = _capture(call)
-        self.clock: ClockName = "cuda_graph" if self._graph else "cuda_events"
-        self.note = f"not captured as a CUDA graph: {failure}" if failure else ""
-        if self._graph is None:
-            self._lead_cycles = _lead_cycles(call)
-        flush_bytes = max(4 * l2_bytes, 256 << 20)
-        self._flush = torch.ones(flush_bytes // 4, dtype=torch.float32, device="cuda") if l2 == "cold" else None
+        self.l2_method: L2Method = "replay" if l2 == "hot" else "read_flush" if flush_bytes else "rotation"
+        self.host_bound = False
+        self._flush = torch.ones(flush_bytes // 4, dtype=torch.float32, device="cuda") if self.l2_method == "read_flush" else None
         self._sink = torch.empty((), device="cuda")
-        self.l2_method = f"{flush_bytes >> 20} MiB read before each sample" if l2 == "cold" else "replayed back to back"
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._outputs: dict[int, torch.Tensor] = {}
+        self._regions = [[0]]
+        self._enqueue_s = 1e-4  # of a region, by the last batch
+        self._turns = cycle([0])
+        failure = self._capture()
+        self.clock: ClockName = "cuda_events" if failure else "cuda_graph"
+        self.note = f"not captured as a CUDA graph: {failure}" if failure else ""
+        self._regions = self._divide(REGION_US if self._graphs else LEAST_REGION_US)
+        self.host_bound = False
+        if self._graphs:
+            self._capture()
+        self._turns = cycle(range(len(self._regions)))
 
-    def run(self) -> torch.Tensor:
-        if self._graph is None:
-            return self._call()
-        assert self._output is not None  # capture gave both
-        self._output.fill_(float("nan"))
-        self._graph.replay()
-        return self._output
+    @property
+    def calls_per_region(self) -> int:
+        return len(self._regions[0])
+
+    def region(self) -> None:
+        """Enqueue the next region."""
+        turn = next(self._turns)
+        if self._graphs:
+            self._graphs[turn].replay()
+        else:
+            for index in self._regions[turn]:
+                self._calls[index]()
+
+    def outputs(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for turn, region in enumerate(self._regions):
+            if not self._graphs:
+                for index in sorted(set(region)):
+                    yield index, self._calls[index]()
+                continue
+            for index in region:
+                self._outputs[index].fill_(float("nan"))
+            self._graphs[turn].replay()
+            last_writers = {self._outputs[index].data_ptr(): index for index in region}  # calls may share a buffer
+            yield from ((index, self._outputs[index]) for index in last_writers.values())
 
     def sample(self, count: int) -> list[float]:
+        most = count if self._graphs else max(1, int(LONGEST_LEAD_S / (1.5 * self._enqueue_s)))  # what the host can be ahead by
+        samples: list[float] = []
+        while len(samples) < count:
+            samples += self._batch(min(most, count - len(samples)))
+        return samples
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sm_mhz(self) -> float | None:
+        return self._ask_clock() if self._ask_clock else None
+
+    def _batch(self, count: int) -> list[float]:
         torch = self._torch
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        torch.cuda.synchronize()
+        lead_s = min(1.5 * count * self._enqueue_s, LONGEST_LEAD_S)
+        torch.cuda._sleep(int(lead_s * 2e9))  # 2e9: no current GPU runs its SMs much above 2 GHz
+        started = time.perf_counter()
         for start, stop in events:
             if self._flush is not None:
                 torch.amax(self._flush, dim=0, out=self._sink)
-            if self._lead_cycles:
-                torch.cuda._sleep(self._lead_cycles)
             start.record()
-            if self._graph is None:
-                self._call()
-            else:
-                self._graph.replay()
+            self.region()
             stop.record()
+        enqueued_s = time.perf_counter() - started
+        is_ahead = not events[0][0].query()  # of the GPU, by all of the batch
         torch.cuda.synchronize()
-        return [start.elapsed_time(stop) * 1e3 for start, stop in events]
+        self._enqueue_s = enqueued_s / count
+        device_s = events[0][0].elapsed_time(events[-1][1]) / 1e3
+        self.host_bound = self.host_bound or (not is_ahead and enqueued_s > 0.9 * device_s)
+        return [start.elapsed_time(stop) * 1e3 / self.calls_per_region for start, stop in events]
+
+    def _capture(self) -> str:
+        """A graph for each region; empty, or why there is none."""
+        torch = self._torch
+        self._graphs, self._outputs = [], {}
+        indices = sorted({index for region in self._regions for index in region})
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # capture wants lazily made handles and workspaces to exist
+            for index in indices:
+                for _ in range(3):
+                    self._calls[index]()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graphs = []
+        try:
+            for region in self._regions:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for index in region:
+                        self._outputs[index] = self._calls[index]()
+                graphs.append(graph)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return str(error).splitlines()[0]
+        self._graphs = graphs
+        return ""
+
+    def _divide(self, region_us: float) -> list[list[int]]:
+        """Calls into regions: all of them in turn, often enough to fill one; a region a call where one call fills it."""
+        self.sample(2)
+        once_us = median(self.sample(3))
+        everyone = list(range(len(self._calls)))
+        if self._flush is not None or once_us >= region_us:
+            return [[index] for index in everyone]
+        return [everyone * max(1, round(region_us / (once_us * len(everyone))))]
 
 
-def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor | None, str]:
-    """(graph, its output, "") or (None, None, why not)."""
+def enqueue_us(call: Call, calls: int = 10) -> float:
+    """Host time of an eager call: what a server without CUDA graphs pays, if the GPU takes less."""
     import torch
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants lazily made handles and workspaces to exist
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            output = call()
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        return None, None, str(error).splitlines()[0]
-    return graph, output, ""
-
-
-def _lead_cycles(call: Call) -> int:
-    """Device cycles to sleep so that the host has enqueued a whole eager call before the GPU reaches it; at most 20 ms."""
-    import torch
-
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e3)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    host_s = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return int(min(2 * host_s, 0.02) * 2e9)  # 2e9: no current GPU runs its SMs much above 2 GHz
+    return median(times)

@@ -5,37 +5,44 @@ Frames are JSON lines on a pipe of their own, since vendor libraries print on st
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import nvtx
 
-from moebench import registry
-from moebench.backend import Backend
+from moebench import failure, leash, registry
 from moebench.case import Case
 from moebench.device import Device, detect
-from moebench.record import L2State, Record, to_json
+from moebench.memory import free_bytes
+from moebench.record import L2State, Record, Scope, to_json
 
-if TYPE_CHECKING:  # torch is imported in phase "import", under its deadline
-    from moebench.backend import Experts
-    from moebench.problem import Layer
 
-Phase = Literal["import", "alloc", "jit", "check", "time", "trace"]
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a worker is asked to measure."""
+
+    run_id: str
+    backend: str
+    cases: Sequence[Case]
+    l2: L2State = "cold"
+    scope: Scope = "experts"
+    round: int = 0
+    repeat_check: int = 0  # launches whose outputs are compared
 
 
 def main(pipe: BinaryIO) -> None:
-    request = json.loads(sys.stdin.readline())
+    request: dict[str, Any] = leash.take()  # our own parent's JSON
     cases = [Case(**fields) for fields in request["cases"]]
     if request["op"] == "survey":
         survey(pipe, request["backends"], cases, Device(**request["device"]) if request["device"] else detect())
     else:
-        Worker(pipe, request["run_id"], request["backend"], cases, request["l2"]).run()
+        asked = {field.name: request[field.name] for field in fields(Request) if field.name in request and field.name != "cases"}
+        Worker(pipe, Request(cases=cases, **asked)).run()
 
 
 def survey(pipe: BinaryIO, backends: Sequence[str], cases: Sequence[Case], device: Device) -> None:
@@ -55,121 +62,103 @@ def survey(pipe: BinaryIO, backends: Sequence[str], cases: Sequence[Case], devic
 class Worker:
     """One backend on one layer, case by case."""
 
-    def __init__(self, pipe: BinaryIO, run_id: str, backend: str, cases: Sequence[Case], l2: L2State) -> None:
-        self._pipe, self._run_id, self._name, self._cases, self._l2 = pipe, run_id, backend, cases, l2
+    def __init__(self, pipe: BinaryIO, request: Request) -> None:
+        self._pipe, self._request = pipe, request
         self._nvtx = nvtx.get_domain("moebench")
-        self._phase: Phase = "import"
+        self._phase = "import"
+        self._spent_s: dict[str, float] = {}
+        self._free_bytes = 0  # before the case in progress
 
     def run(self) -> None:
-        with self._range(f"run|{self._run_id}"):
+        with self._range(f"run|{self._request.run_id}"):
             self._run()
 
     def _run(self) -> None:
+        ask = self._request
         with self._in("import"):
             device = detect()
-            backend = registry.load(self._name)
+            backend = registry.load(ask.backend)
         blank = Record(
-            case=self._cases[0], backend=backend.name, act_dtype=backend.act_dtype, arch=device.arch, device=device.name, status="failed"
+            case=ask.cases[0],
+            backend=backend.name,
+            act_dtype=backend.act_dtype,
+            arch=device.arch,
+            device=device.name,
+            status="failed",
+            scope=ask.scope,
+            round=ask.round,
         )
+        cases: list[Case] = []
+        for case in ask.cases:
+            self._free_bytes = free_bytes(device.is_gpu)
+            if short := failure.shortage(case.device_bytes, self._free_bytes):
+                self._record(replace(blank, case=case, status=short.status, reason=short.reason))
+            else:
+                cases.append(case)
+        if not cases:
+            return
         try:
-            with self._in("alloc"):
+            with self._in("import"):
                 from moebench.problem import make_layer
-
-                layer = make_layer(self._cases[0], device.torch or "cpu")
+                from moebench.trial import Copies, Trial
+            with self._in("alloc"):
+                layer = make_layer(cases[0], device.torch or "cpu")
                 checksum = layer.checksum()
             started = perf_counter()
             with self._in("jit"):
-                experts = backend.prepare(layer, max(case.num_tokens for case in self._cases))
+                copies = Copies(backend, layer, max(case.num_tokens for case in cases), device)
                 _synchronize(device)
             prepare_s = perf_counter() - started
         except Exception as error:  # noqa: BLE001  a kernel may raise anything
-            for case in self._cases:
+            for case in cases:
                 self._record(self._failure(replace(blank, case=case), error))
             return
-        for case in self._cases:
-            with self._range(f"case|{self._name}|{case.key}"):
+        trial = Trial(
+            backend=backend,
+            device=device,
+            copies=copies,
+            layer_checksum=checksum,
+            l2=ask.l2,
+            scope=ask.scope,
+            repeat_check=ask.repeat_check,
+            phase=self._in,
+            block=lambda: self._range("timed"),
+        )
+        for case in cases:
+            with self._range(f"case|{ask.backend}|{case.key}"):
                 started_record = replace(blank, case=case, prepare_s=prepare_s)
+                self._free_bytes = free_bytes(device.is_gpu)
                 try:
-                    record = self._one(started_record, device, backend, layer, checksum, experts)
+                    record = trial.run(started_record)
                 except Exception as error:  # noqa: BLE001  a kernel may raise anything
-                    self._record(self._failure(started_record, error))
-                    if _device_is_poisoned(device):
-                        return  # every later call would fail; the parent starts a fresh process for the rest
+                    failed = self._failure(started_record, error)
+                    self._record(failed)
+                    if failed.status in failure.LEAVES or _device_is_poisoned(device):
+                        return  # every later call could fail; the parent starts a fresh process for the rest
                 else:
                     self._record(record)
 
-    def _one(self, record: Record, device: Device, backend: Backend, layer: Layer, checksum: int, experts: Experts) -> Record:
-        """Reference, check, time. No time is taken of a call whose output is wrong."""
-        import torch
-
-        from moebench.check import compare, inspect
-        from moebench.problem import make_tokens
-        from moebench.reference.diagnosis import explain
-        from moebench.reference.torch_experts import experts as reference
-        from moebench.routing import assign, realized
-        from moebench.timing import CPU_RULE, GPU_RULE, ONCE, CudaStopwatch, Stopwatch, WallStopwatch, measure
-        from moebench.trace import launched_kernels, missing_kernel
-
-        case = record.case
-        with self._in("alloc"):
-            assignment = assign(case)
-            tokens = make_tokens(case, device.torch or "cpu", assignment)
-            facts: dict[str, str | int | float] = dict(getattr(experts, "facts", {}))
-            record = replace(record, routing=realized(case, assignment), facts=facts)
-        with self._in("check"):
-            want = reference(layer, tokens, backend.act_dtype)
-            deterministic: bool = getattr(backend, "deterministic", True)
-            found = inspect(experts, layer, tokens, want, backend.act_dtype, layer_checksum=checksum, deterministic=deterministic)
-            if not deterministic and found.error is not None:  # else it ended before launches were compared
-                record = replace(record, facts={**facts, "elements_differing_between_launches": found.differing})
-            if found.status != "ok":
-                told = explain(found.output, layer, tokens, backend.act_dtype, want) if found.output is not None else ""
-                return replace(record, status=found.status, reason=found.reason + (f" ({told})" if told else ""), error=found.error)
-        call = lambda: experts(tokens)  # noqa: E731
-        on_gpu = device.is_gpu and not getattr(backend, "computes_on_cpu", False)
-        with self._in("time"):
-            watch: Stopwatch = CudaStopwatch(call, self._l2, device.l2_bytes) if on_gpu else WallStopwatch(call)
-            interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # a time that says nothing is taken once
-            timing = measure(watch, GPU_RULE if on_gpu else ONCE if interpreted else CPU_RULE)
-        with self._in("check"):
-            timed = watch.run()
-            if not timed.isfinite().all():
-                return replace(
-                    record, status="unwritten", reason=f"what was timed ({timing.clock}) leaves elements of its output unwritten"
-                )
-            again = compare(timed, want, backend.act_dtype)
-            if not again.ok:
-                reason = f"what was timed ({timing.clock}) gives relative L2 {again.rel_l2:.2e}; the eager call was right"
-                return replace(record, status="wrong", reason=reason, error=again)
-        if on_gpu:
-            with self._in("trace"):
-                record = replace(record, kernels=launched_kernels(call))
-                if not record.kernels and case.num_tokens:  # ok means right and timed here, not proven to be the backend's own kernels
-                    record = replace(record, facts={**record.facts, "kernels": "not traced: another profiler is attached, or it saw none"})
-            pattern: str | None = getattr(backend, "kernel_pattern", None)
-            if problem := missing_kernel(pattern, record.kernels):
-                return replace(record, status="wrong", reason=problem)
-        if interpreted:
-            timing = replace(timing, comparable=False, note="ran in Triton's interpreter: right or wrong is real, the time is not")
-        del watch
-        if device.is_gpu:
-            torch.cuda.empty_cache()
-        return replace(record, status="ok", error=found.error, timing=timing)
-
     def _failure(self, record: Record, error: Exception) -> Record:
         traceback.print_exc()
-        return replace(record, status="failed", reason=f"in phase {self._phase}: {_sentence(error)}")
+        found = failure.with_memory(failure.of_exception(error, self._phase), record.case.device_bytes, self._free_bytes)
+        return replace(record, status=found.status, reason=found.reason)
 
     def _record(self, record: Record) -> None:
+        record = replace(record, phases_s=self._spent_s)  # since the record before, so that all of a worker's sum up to its life
+        self._spent_s = {}
         _send(self._pipe, {"record": json.loads(to_json(record))})
 
     @contextmanager
-    def _in(self, phase: Phase) -> Iterator[None]:
+    def _in(self, phase: str) -> Iterator[None]:
         """Announce a phase to the parent, whose deadline it starts, and to profilers."""
         self._phase = phase
         _send(self._pipe, {"phase": phase})
-        with self._range(f"phase|{phase}"):
-            yield
+        started = perf_counter()
+        try:
+            with self._range(f"phase|{phase}"):
+                yield
+        finally:
+            self._spent_s[phase] = self._spent_s.get(phase, 0.0) + perf_counter() - started
 
     @contextmanager
     def _range(self, message: str) -> Iterator[None]:

@@ -124,6 +124,8 @@ CAUSES = [
      "a time without a comparison of the output with the reference"),
     ("above_roof", {"roofline": {"floor_us": 103.0}},
      "100.0 us is 1.03 of what memory allows: at least 103.0 us by the data sheet"),
+    ("timing_disagree", {"timing": {"traced_us": 105.0, "span_us": 100.0}},
+     "105.0 us by cuda_graph, 100.0 us by the profiler: 5.0 us apart"),
     ("timing_disagree", {"timing": {"span_us": 96.0}},
      "100.0 us by cuda_graph, 96.0 us by the profiler: 4.0 us apart"),
     ("ecc", {"telemetry": {"ecc_corrected": 2}},
@@ -166,6 +168,7 @@ HARMLESS = {
     "a share of 1.02": {"roofline": {"floor_us": 102.0}},
     "no roof": {"roofline": None},
     "no profiler": {"timing": {"span_us": None}},
+    "calls that the profiler slows down": {"timing": {"traced_us": 120.5, "span_us": 120.0}},
     "2 us apart at 20 us": {"timing": {"samples_us": (20.0,) * 100, "span_us": 18.0}, "roofline": None},
     "3 % apart": {"timing": {"span_us": 97.0}},
 }

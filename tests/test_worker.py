@@ -7,7 +7,7 @@ import pytest
 
 from moebench import timing, worker
 from moebench.case import case
-from moebench.worker import Worker
+from moebench.worker import Request, Worker
 
 
 class Recorder:
@@ -29,8 +29,8 @@ class Recorder:
         self.open.pop()
 
 
-@pytest.fixture
-def run(monkeypatch):
+@pytest.fixture(params=["experts", "layer"])
+def run(monkeypatch, request):
     """Frames and ranges of a worker on two cases."""
     domain = Recorder()
     monkeypatch.setattr(worker.nvtx, "get_domain", lambda name: domain if name == "moebench" else None)
@@ -45,7 +45,7 @@ def run(monkeypatch):
 
     monkeypatch.setattr(timing.WallStopwatch, "_once", sampled)
     pipe = io.BytesIO()
-    Worker(pipe, "r1", "torch", [case("tiny", 1), case("tiny", 2)], "cold").run()
+    Worker(pipe, Request(run_id="r1", backend="torch", cases=[case("tiny", 1), case("tiny", 2)], scope=request.param, round=3)).run()
     return [json.loads(line) for line in pipe.getvalue().splitlines()], domain
 
 
@@ -58,7 +58,13 @@ def test_ranges_nest_run_case_phase_and_stay_outside_timed_regions(run):
 
 def test_every_phase_is_announced_before_it_begins(run):
     frames, _ = run
-    assert [frame["phase"] for frame in frames if "phase" in frame] == ["import", "alloc", "jit", *["alloc", "check", "time", "check"] * 2]
+    assert [frame["phase"] for frame in frames if "phase" in frame] == [
+        "import",
+        "import",
+        "alloc",
+        "jit",
+        *["alloc", "check", "time", "check"] * 2,
+    ]
 
 
 def test_one_record_a_case_in_order(run):
@@ -66,3 +72,14 @@ def test_one_record_a_case_in_order(run):
     records = [frame["record"] for frame in frames if "record" in frame]
     assert [(record["case"]["num_tokens"], record["status"]) for record in records] == [(1, "ok"), (2, "ok")]
     assert all(record["kernels"] == [] and record["timing"]["clock"] == "wall" for record in records)
+
+
+def test_a_record_says_what_was_timed_and_where_the_time_went(run, request):
+    frames, _ = run
+    scope = request.node.callspec.params["run"]
+    for frame in (frame for frame in frames if "record" in frame):
+        record = frame["record"]
+        assert (record["scope"], record["round"]) == (scope, 3)
+        assert record["contract"]["scope"] == scope
+        assert ("router logits" in record["contract"]["inside"]) == (scope == "layer")
+        assert set(record["phases_s"]) >= {"alloc", "check", "time"}
