@@ -4,29 +4,40 @@ It never imports torch and never owns a CUDA context, so a kernel that hangs or 
 
 from __future__ import annotations
 
-import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from moebench.case import Case
+from moebench.child import Frame, spawn
 from moebench.device import Device
+from moebench.failure import Failure, of_exit
+from moebench.flags import raised
 from moebench.plan import Plan, Point
 from moebench.record import Record, record_from_dict
+from moebench.telemetry import Sensors
 
-# Seconds a worker may stay silent in each phase. jit: a vendor library may compile for minutes at its first call.
-DEADLINES_S: Mapping[str, float] = {"start": 120, "import": 120, "alloc": 300, "jit": 1800, "check": 900, "time": 900, "trace": 120}
-MAX_RESTARTS = 3  # of one group after workers that died; then its remaining cases are failed with the reason
-
-ROOT = Path(__file__).parents[1]  # so that a worker of a bare checkout finds moebench from any working directory
+# Seconds a child may stay silent in each phase. jit: a vendor library may compile for minutes at its first call. interrupt: what the
+# case in progress gets after Ctrl-C. teardown: from its last frame to its end.
+DEADLINES_S: Mapping[str, float] = {
+    "start": 120,
+    "import": 120,
+    "alloc": 300,
+    "jit": 1800,
+    "check": 900,
+    "time": 900,
+    "trace": 120,
+    "teardown": 60,
+    "probe": 60,
+    "interrupt": 30,
+}
+MAX_DEATHS = 3  # workers of one group in a row without an ok between them; then its remaining cases are failed with the reason
+PROBE_PAUSES_S = (0.0, 2.0, 5.0)  # before each probe after an abnormal end; when the last one fails too, the device is quarantined
+REPEAT_CHECK = 300  # launches; finds what happens once in a hundred with 95 %
 
 Watch = Callable[[str, Case | None, str], None]  # phase, case, backend: what is going on now
 
@@ -48,7 +59,15 @@ class Survey:
         return self.reasons.get((point.case.key, point.backend))
 
 
-def survey(points: Sequence[Point], plugins: Collection[str], log: Path | None = None) -> Survey:
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How long anything may take, and how often a result is looked at."""
+
+    deadlines_s: Mapping[str, float] = field(default_factory=lambda: dict(DEADLINES_S))
+    repeat_check: int = REPEAT_CHECK
+
+
+def survey(points: Sequence[Point], plugins: Collection[str], log: Path | None = None, rules: Rules | None = None) -> Survey:
     """Ask fresh processes, one for ours and one for each plug-in, so that a plug-in that crashes harms nobody else."""
     backends = list(dict.fromkeys(point.backend for point in points))
     groups = [[b for b in backends if b not in plugins], *([b] for b in backends if b in plugins)]
@@ -61,187 +80,222 @@ def survey(points: Sequence[Point], plugins: Collection[str], log: Path | None =
         known = asdict(device) if device else None  # asking torch takes seconds; once is enough
         request = {"op": "survey", "backends": group, "cases": [asdict(case) for case in cases], "device": known}
         answered: set[str] = set()
-        with _spawn(request, log) as worker:
-            for frame in worker.frames():
-                if "device" in frame:
-                    device = device or Device(**frame["device"])  # type: ignore[arg-type]
-                elif "broken" in frame:
-                    broken[str(frame["backend"])] = str(frame["broken"])
-                    answered.add(str(frame["backend"]))
-                elif "unsupported" in frame:
-                    name = str(frame["backend"])
-                    answered.add(name)
-                    act_dtypes[name] = str(frame["act_dtype"])
-                    sentences: list[str | None] = frame["unsupported"]  # type: ignore[assignment]
-                    reasons |= {(case.key, name): text for case, text in zip(cases, sentences, strict=True) if text}
+        with spawn("moebench.worker", request, (rules or Rules()).deadlines_s, log) as child:
+            for frame in child.frames():
+                try:
+                    if "device" in frame:
+                        device = device or Device(**frame["device"])  # type: ignore[arg-type]
+                    elif "broken" in frame:
+                        broken[str(frame["backend"])] = str(frame["broken"])
+                        answered.add(str(frame["backend"]))
+                    elif "unsupported" in frame:
+                        name = str(frame["backend"])
+                        sentences: list[str | None] = frame["unsupported"]  # type: ignore[assignment]
+                        reasons |= {(case.key, name): str(text) for case, text in zip(cases, sentences, strict=True) if text}
+                        act_dtypes[name] = str(frame["act_dtype"])
+                        answered.add(name)
+                except (KeyError, TypeError, ValueError) as error:
+                    child.failure = Failure(status="crash", reason=f"in phase {child.phase}: the worker sent a bad frame: {error}")
+                    break
+        ended = (child.failure or of_exit(0, child.phase)).reason
         for name in group:
             if name not in answered:
-                broken[name] = f"its survey process {worker.ending()}"
+                broken[name] = f"its survey did not end well: {ended}"
     if device is None:
-        raise SweepError(f"this machine could not be surveyed: the worker {worker.ending()}{worker.last_words()}")
+        raise SweepError(f"this machine could not be surveyed: {ended}{child.last_words()}")
     return Survey(device=device, reasons=reasons, broken=broken, act_dtypes=act_dtypes)
 
 
-def run(plan: Plan, found: Survey, run_id: str, done: Collection[tuple[str, str, str]], logs: Path, watch: Watch) -> Iterator[Record]:
-    """A record for every point and arch of the plan that is not in `done`; skips first, then group by group."""
+def run(
+    plan: Plan,
+    found: Survey,
+    run_id: str,
+    done: Collection[tuple[str, str, str, str, int]],  # journal.settled
+    logs: Path,
+    watch: Watch,
+    rules: Rules | None = None,
+    halt: Callable[[], bool] = lambda: False,
+    sensors: Sensors | None = None,
+) -> Iterator[Record]:
+    """A record for every point, arch and round of the plan that is not in `done`; skips first, then group by group.
+
+    Once halt() is true the case in progress is finished, or given up after the deadline `interrupt`, and nothing else is begun."""
     logs.mkdir(parents=True, exist_ok=True)
-    archs = plan.archs or (found.device.arch,)
-    todo: list[Point] = []
-    for arch in archs:
-        for point in plan.points:
-            if (point.case.key, point.backend, arch) in done:
-                continue
-            record = _blank(point, found, run_id, arch)
-            if arch != found.device.arch:
-                where = f"this machine is {found.device.arch}; run the same plan on {arch} and merge both with: moebench report RUN RUN"
-                yield replace(record, status="skipped", reason=where)
-            elif point.backend in found.broken:
-                yield replace(record, reason=found.broken[point.backend])
-            elif reason := found.reason(point):
-                yield replace(record, status="skipped", reason=reason)
-            else:
-                todo.append(point)
-    groups: dict[tuple[str, str], list[Point]] = {}
-    for point in todo:
-        groups.setdefault((point.case.layer_key, point.backend), []).append(point)
-    for number, group in enumerate(groups.values()):
-        for record in _run_group(group, plan, found, run_id, logs / f"{number:03}-{group[0].backend}.log", watch):
-            yield replace(record, run_id=run_id, time=_now())
-
-
-def _run_group(group: list[Point], plan: Plan, found: Survey, run_id: str, log: Path, watch: Watch) -> Iterator[Record]:
-    left = list(group)
-    deaths = 0
-    while left:
-        backend = left[0].backend
-        request = {"op": "measure", "run_id": run_id, "backend": backend, "l2": plan.l2, "cases": [asdict(p.case) for p in left]}
-        phase = "start"
-        prepared = False
-        with _spawn(request, log) as worker:
-            watch(phase, left[0].case, backend)
-            for frame in worker.frames():
-                if "phase" in frame:
-                    phase = str(frame["phase"])
-                    prepared = prepared or phase in ("check", "time")
-                    watch(phase, left[0].case if left else None, backend)
-                elif "record" in frame:
-                    record = record_from_dict(frame["record"])  # type: ignore[arg-type]
-                    if left and record.case == left[0].case:
-                        left.pop(0)
-                        yield record
-        if not left or worker.clean:
-            if left and not worker.progressed:
-                yield from (_failed(p, found, run_id, f"the worker ended without a result{_see(log)}") for p in left)
-                return
-            continue  # a worker whose device was poisoned leaves after its failed record; the rest gets a fresh one
-        deaths += 1
-        ending = f"in phase {phase}: the worker {worker.ending()}{_see(log)}"
-        if not prepared or deaths > MAX_RESTARTS:
-            yield from (_failed(point, found, run_id, ending) for point in left)
+    todo: list[list[_Task]] = []
+    for arch in plan.archs or (found.device.arch,):
+        for number, points in plan.groups():
+            group = []
+            for point in points:
+                record = _blank(point, plan, found, run_id, arch, number)
+                if (*record.key, record.scope, record.round) in done:
+                    continue
+                if arch != found.device.arch:
+                    where = f"this machine is {found.device.arch}; run the same plan on {arch} and merge both with: moebench report RUN RUN"
+                    yield replace(record, status="skipped", reason=where)
+                elif point.backend in found.broken:
+                    yield replace(record, reason=found.broken[point.backend])
+                elif reason := found.reason(point):
+                    yield replace(record, status="skipped", reason=reason)
+                else:
+                    group.append(_Task(point=point, blank=record))
+            todo += [group] if group else []
+    supervisor = _Supervisor(plan, found, run_id, watch, rules or Rules(), halt)
+    for count, group in enumerate(todo):
+        for record in supervisor.run_group(group, logs / f"{count:03}-{_file_name(group[0].point.backend)}.log"):
+            yield _doubted(replace(record, run_id=run_id, time=_now()), sensors)
+        if halt():
             return
-        yield _failed(left.pop(0), found, run_id, ending)
 
 
-class _Worker:
-    """A worker process and its pipe."""
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """A point in one round, and the record of it that says nothing yet."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pipe: int, log: Path | None) -> None:
-        self._process, self._pipe, self._log = process, pipe, log
-        self._overdue: str | None = None
-        self.progressed = False
+    point: Point
+    blank: Record
 
     @property
-    def clean(self) -> bool:
-        return self._process.returncode == 0 and self._overdue is None
+    def case(self) -> Case:
+        return self.point.case
 
-    def frames(self) -> Iterator[dict[str, object]]:
-        """JSON frames until the worker closes its pipe, dies, or stays silent past the deadline of its phase."""
-        phase, pending = "start", b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._pipe, selectors.EVENT_READ)
-            while True:
-                if not selector.select(DEADLINES_S.get(phase, 60)):
-                    self._overdue = f"gave no sign of life for {DEADLINES_S.get(phase, 60):.0f} s and was stopped"
-                    return
-                chunk = os.read(self._pipe, 1 << 20)
-                if not chunk:
-                    return
-                *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    frame: dict[str, object] = json.loads(line)
-                    phase = str(frame.get("phase", phase))
-                    self.progressed = self.progressed or "record" in frame
-                    yield frame
-
-    def stop(self) -> None:
-        """End the process and whatever it started: politely, then not."""
-        deadline = 60.0 if self._overdue is None else 0.0
-        for wait_s, number in ((deadline, signal.SIGTERM), (2.0, signal.SIGKILL), (10.0, signal.SIGKILL)):
-            try:
-                self._process.wait(wait_s)
-                break
-            except subprocess.TimeoutExpired:
-                _kill_group(self._process.pid, number)
-        _kill_group(self._process.pid, signal.SIGKILL)  # children that outlived it
-        os.close(self._pipe)
-
-    def ending(self) -> str:
-        code = self._process.returncode
-        if self._overdue:
-            return self._overdue
-        if code is None:
-            return "does not end even after SIGKILL"
-        return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-    def last_words(self) -> str:
-        if self._log is None or not self._log.exists():
-            return ""
-        words = self._log.read_bytes()[-2000:].decode(errors="replace").strip().splitlines()
-        return f": {words[-1]}" if words else ""
+    def failed(self, failure: Failure) -> Record:
+        return replace(self.blank, status=failure.status, reason=failure.reason)
 
 
-@contextmanager
-def _spawn(request: Mapping[str, object], log: Path | None) -> Iterator[_Worker]:
-    read_end, write_end = os.pipe()
-    sink = log.open("ab") if log else subprocess.DEVNULL
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moebench.worker", str(write_end)],
-            stdin=subprocess.PIPE,
-            stdout=sink,
-            stderr=sink,
-            pass_fds=[write_end],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
-            start_new_session=True,  # Ctrl-C is ours to handle, and killpg reaches what the worker starts
+class _Supervisor:
+    """One device and who may use it next."""
+
+    def __init__(self, plan: Plan, found: Survey, run_id: str, watch: Watch, rules: Rules, halt: Callable[[], bool]) -> None:
+        self._plan, self._found, self._run_id, self._watch, self._rules, self._halt = plan, found, run_id, watch, rules, halt
+        self._quarantine = ""  # why the device gets no more cases
+
+    def run_group(self, group: Sequence[_Task], log: Path) -> Iterator[Record]:
+        """Records of points that share a layer and a backend, from as many workers as it takes."""
+        left = list(group)
+        deaths = 0  # in a row, without an ok between them
+        retried: _Task | None = None  # that was out of memory in a worker that had done others before
+        while left and not self._quarantine and not self._halt():
+            turn = _Turn(left, retried)
+            with spawn("moebench.worker", self._request(left), self._rules.deadlines_s, log) as child:
+                self._watch("start", left[0].case, left[0].point.backend)
+                for frame in child.frames(self._halt):
+                    record = turn.take(frame)
+                    if "phase" in frame:
+                        self._watch(turn.phase, left[0].case if left else None, group[0].point.backend)
+                    if record is not None:
+                        deaths = 0 if record.status == "ok" else deaths
+                        yield record
+                    if turn.again or turn.failure or (record is not None and self._halt()):
+                        child.dismiss()
+                        break
+            failure = child.failure or turn.failure
+            if self._halt() and (child.interrupted or failure is None):
+                if turn.prepared and turn.midway and left:
+                    yield left[0].failed(Failure(status="interrupted", reason=f"in phase {turn.phase}: stopped on request"))
+                return
+            if failure is None and turn.midway and left and not turn.again:
+                failure = of_exit(0, turn.phase)
+            retried = turn.again
+            if failure is not None:
+                deaths += 1
+                failure = replace(failure, reason=f"{failure.reason} (see logs/{log.name})")
+                hopeless = not turn.prepared or deaths > MAX_DEATHS
+                for task in list(left) if hopeless else left[:1] if turn.midway else []:
+                    left.remove(task)
+                    yield task.failed(failure)
+            if failure is not None or turn.last_status == "cuda_error":
+                needed = left[0].case.device_bytes if left else 0
+                self._quarantine = self._probe(needed, failure.reason if failure else "a CUDA error", log)
+        if self._quarantine:
+            yield from (task.failed(Failure(status="failed", reason=self._quarantine)) for task in left)
+
+    def _request(self, tasks: Sequence[_Task]) -> Frame:
+        return {
+            "op": "measure",
+            "run_id": self._run_id,
+            "backend": tasks[0].point.backend,
+            "l2": self._plan.l2,
+            "scope": self._plan.scope,
+            "round": tasks[0].blank.round,
+            "repeat_check": self._rules.repeat_check,
+            "cases": [asdict(task.case) for task in tasks],
+        }
+
+    def _probe(self, needed_bytes: int, after: str, log: Path) -> str:
+        """Why the device takes no more cases, once no fresh process finds it well; empty if one does, or the user wants to stop."""
+        told = ""
+        for pause_s in PROBE_PAUSES_S:
+            until = time.monotonic() + pause_s
+            while time.monotonic() < until and not self._halt():
+                time.sleep(min(0.1, pause_s))
+            if self._halt():
+                return ""
+            self._watch("probe", None, "")
+            verdict: object = None
+            request = {"on_gpu": self._found.device.is_gpu, "needed_bytes": needed_bytes}
+            with spawn("moebench.probe", request, self._rules.deadlines_s, log) as child:
+                for frame in child.frames(self._halt):
+                    verdict = frame.get("verdict", verdict)
+            if isinstance(verdict, dict) and verdict.get("reason") == "" and child.failure is None:
+                return ""
+            said = str(verdict.get("reason")) if isinstance(verdict, dict) else ""
+            told = said or (child.failure or of_exit(0, "probe")).reason + child.last_words()
+        return (
+            f"not tried: {self._found.device.name} is quarantined, {len(PROBE_PAUSES_S)} probes failed in a row, the last one: {told}; "
+            f"before that, {after}; when the device is well again, --resume goes on"
         )
-    finally:
-        os.close(write_end)
-        if not isinstance(sink, int):
-            sink.close()
-    worker = _Worker(process, read_end, log)
-    try:
-        assert process.stdin is not None  # stdin=PIPE
+
+
+class _Turn:
+    """What one worker has said so far; takes points off `left` as their records come."""
+
+    def __init__(self, left: list[_Task], retried: _Task | None) -> None:
+        self.phase = "start"
+        self.prepared = False  # the layer and the backend are there; what fails from here on is one case's
+        self.midway = True  # a case has begun and has no record yet
+        self.again: _Task | None = None  # is tried once more, in a fresh process
+        self.last_status = ""
+        self.failure: Failure | None = None  # it sent what cannot be understood
+        self._left, self._retried = left, retried
+        self._compiled = False
+        self._measured = False
+
+    def take(self, frame: Frame) -> Record | None:
+        """The record that the frame holds, where it is that of a point which has none."""
+        if "phase" in frame:
+            self.phase = str(frame["phase"])
+            self.midway = True
+            self._compiled = self._compiled or self.phase == "jit"
+            self.prepared = self.prepared or (self._compiled and self.phase != "jit")
+        if "record" not in frame:
+            return None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died at once; its exit code tells
-        yield worker
-    except BaseException:
-        _kill_group(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        worker.stop()
+            record = record_from_dict(frame["record"])  # type: ignore[arg-type]  # checked by what it raises
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.failure = Failure(status="crash", reason=f"in phase {self.phase}: the worker sent what is no record: {error}")
+            return None
+        task = next((task for task in self._left if task.case == record.case), None)
+        if task is None:
+            return None
+        self.midway = False
+        if record.status == "oom" and self._measured and task != self._retried:
+            self.again = task  # the memory that earlier cases fragmented may be to blame
+            return None
+        self._measured = self._measured or record.status == "ok"
+        self.last_status = record.status
+        self._left.remove(task)
+        return record
 
 
-def _kill_group(pid: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
+def _doubted(record: Record, sensors: Sensors | None) -> Record:
+    """With what the sensors said while it was timed, and the reasons to doubt its time."""
+    idle = sensors.idle() if sensors else None
+    if sensors and record.timing and record.timing.window_s:
+        record = replace(record, telemetry=sensors.window(*record.timing.window_s))
+    return replace(record, flags=raised(record, foreign_utilization=idle.utilization if idle else 0.0))
 
 
-def _blank(point: Point, found: Survey, run_id: str, arch: str) -> Record:
+def _blank(point: Point, plan: Plan, found: Survey, run_id: str, arch: str, number: int) -> Record:
     return Record(
         case=point.case,
         backend=point.backend,
@@ -249,17 +303,16 @@ def _blank(point: Point, found: Survey, run_id: str, arch: str) -> Record:
         arch=arch,
         device=found.device.name if arch == found.device.arch else "",
         status="failed",
+        scope=plan.scope,
+        round=number,
         run_id=run_id,
         time=_now(),
     )
 
 
-def _failed(point: Point, found: Survey, run_id: str, reason: str) -> Record:
-    return replace(_blank(point, found, run_id, found.device.arch), reason=reason)
-
-
-def _see(log: Path) -> str:
-    return f" (see logs/{log.name})"
+def _file_name(name: str) -> str:
+    """A plug-in names itself; its log stays in the log directory."""
+    return re.sub(r"[^A-Za-z0-9._@-]", "_", name)[:64]
 
 
 def _now() -> str:

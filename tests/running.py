@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).parent / "faults"
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FAULTS)]), "COLUMNS": "150"}
+FOUND_FIRST = [str(ROOT), str(FAULTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(FOUND_FIRST), "COLUMNS": "150"}
 
 
 def heed_interrupts():
@@ -16,10 +17,10 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def moebench(*arguments, cwd, check=None, timeout=300):
+def moebench(*arguments, cwd, check=None, timeout=300, **environment):
     """The finished process; its exit code must be `check` where one is given."""
     command = [sys.executable, "-m", "moebench", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=timeout, check=False)
     if check is not None:
         assert done.returncode == check, (done.returncode, done.stdout[-3000:], done.stderr[-3000:])
     return done

@@ -2,50 +2,76 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
-
-import torch
-
-from moebench.reference.torch_experts import experts
+from pathlib import Path
 
 
 class Fault:
     act_dtype = "bf16"
 
-    def __init__(self, name, call=None, prepare=None, unsupported=None):
+    def __init__(self, name, call=None, prepare=None, unsupported=None, needs_gpu=False):
         self.name = name
-        self._call, self._prepare, self._unsupported = call, prepare, unsupported
+        self._call, self._prepare, self._unsupported, self._needs_gpu = call, prepare, unsupported, needs_gpu
 
     def unsupported(self, case, device):
-        return self._unsupported
+        return "needs a GPU to go wrong on" if self._needs_gpu and not device.is_gpu else self._unsupported
 
     def prepare(self, layer, max_num_tokens):
         if self._prepare:
             self._prepare()
         call = partial(self._call or right, layer)
-        call.facts = {"largest_batch": max_num_tokens}
+        call.facts = {"largest_batch": max_num_tokens, "process": os.getpid()}
         return call
 
 
+class CompilationError(Exception):
+    """Named as Triton's."""
+
+
 def right(layer, tokens):
+    from moebench.reference.torch_experts import experts
+
     return experts(layer, tokens, "bf16").bfloat16()
 
 
 def raises(layer, tokens):
-    if len(tokens.topk_ids) == 4:  # one bad token count among good ones
-        raise RuntimeError("no kernel image is available")
-    return right(layer, tokens)
+    raise RuntimeError("no kernel image is available")
+
+
+def raises_at_4(layer, tokens):
+    return raises(layer, tokens) if len(tokens.topk_ids) == 4 else right(layer, tokens)  # one bad token count among good ones
 
 
 def raise_in_prepare():
-    raise MemoryError("workspace of 3 TiB")
+    raise ValueError("this layout has no packed form")
+
+
+def compile_error():
+    raise CompilationError("at 12:7: cannot convert fp6 to bf16")
+
+
+def compile_for_a_minute():
+    time.sleep(60)
 
 
 def nan(layer, tokens):
+    import torch
+
     return torch.full_like(tokens.hidden_states, float("nan"))
 
 
+def inf(layer, tokens):
+    out = right(layer, tokens)
+    out[-1, -1] = float("inf")
+    return out
+
+
 def zeros(layer, tokens):
+    import torch
+
     return torch.zeros_like(tokens.hidden_states)
 
 
@@ -56,12 +82,16 @@ def writes_tokens(layer, tokens):
 
 
 def half_written(layer, tokens):
+    import torch
+
     out = torch.empty_like(tokens.hidden_states)
     out[:-1] = right(layer, tokens)[:-1]
     return out
 
 
 def random(layer, tokens):
+    import torch
+
     out = right(layer, tokens)
     return out * (1 + 1e-2 * torch.rand_like(out, dtype=torch.float32)).bfloat16()
 
@@ -70,20 +100,126 @@ def die(layer, tokens):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave(layer, tokens):
+    os._exit(0)
+
+
+def hang(layer, tokens):
+    """With a grandchild in a process group of its own; neither heeds SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    grandchild = subprocess.Popen([sys.executable, "-c", stubborn], process_group=0)
+    Path("grandchild.pid").write_text(str(grandchild.pid))
+    Path("hanging.pid").write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.01)
+
+
+def flood(layer, tokens):
+    line = b"a warning that says the same as the one before it\n" * 1311
+    for _ in range(200 * 2**20 // len(line)):
+        os.write(2, line)
+    raise RuntimeError("after 200 MB of warnings")
+
+
+def out_of_memory(layer, tokens):
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4096.00 GiB")
+
+
+POISONED = []
+
+
+def poison(layer, tokens):
+    POISONED.append(True)
+    return poisoned(layer, tokens)
+
+
+def poisoned(layer, tokens):
+    if POISONED:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported asynchronously")
+    return right(layer, tokens)
+
+
 def chatty(layer, tokens):
     print('{"record": "not a frame"}', flush=True)  # noqa: T201  a library that prints is the fault
     return right(layer, tokens)
 
 
+def slow(layer, tokens):
+    time.sleep(0.2)
+    return right(layer, tokens)
+
+
+class Sporadic(Fault):
+    """Wrong in every hundredth launch and right at once in all others: of each batch the right output is kept."""
+
+    def prepare(self, layer, max_num_tokens):
+        known, launches = {}, []
+
+        def call(tokens):
+            key = (tokens.hidden_states.double().sum().item(), len(tokens.topk_ids))
+            if key not in known:
+                known[key] = right(layer, tokens)
+            out = known[key].clone()
+            launches.append(None)
+            if len(launches) % 100 == 0:
+                out[-1] = 0
+            return out
+
+        return call
+
+
+# Token count -> fault; right at every other: sixty cases, twelve of them bad.
+STORM = {
+    5: raises,
+    10: nan,
+    15: inf,
+    20: zeros,
+    25: half_written,
+    30: writes_tokens,
+    33: hang,
+    36: die,
+    40: leave,
+    45: flood,
+    50: out_of_memory,
+    55: poison,
+}
+
+
+def storm(layer, tokens):
+    return STORM.get(len(tokens.topk_ids), poisoned)(layer, tokens)
+
+
+GPU_STORM = {2: "out_of_bounds", 4: "device_assert", 6: "huge", 8: "endless"}
+
+
+def gpu_storm(layer, tokens):
+    name = GPU_STORM.get(len(tokens.topk_ids))
+    if name is None:
+        return right(layer, tokens)
+    import moebench_gpu_faults  # it imports Triton
+
+    return getattr(moebench_gpu_faults, name)(tokens)
+
+
 fault_ok = Fault("fault_ok")
-fault_raises = Fault("fault_raises", raises)
+fault_raises = Fault("fault_raises", raises_at_4)
 fault_prepare = Fault("fault_prepare", prepare=raise_in_prepare)
+fault_compile = Fault("fault_compile", prepare=compile_error)
+fault_slow_compile = Fault("fault_slow_compile", prepare=compile_for_a_minute)
 fault_nan = Fault("fault_nan", nan)
 fault_zeros = Fault("fault_zeros", zeros)
 fault_writes = Fault("fault_writes", writes_tokens)
 fault_unwritten = Fault("fault_unwritten", half_written)
 fault_random = Fault("fault_random", random)
 fault_dies = Fault("fault_dies", die)
+fault_hangs = Fault("fault_hangs", hang)
 fault_chatty = Fault("fault_chatty", chatty)
+fault_slow = Fault("fault_slow", slow)
+fault_sporadic = Sporadic("fault_sporadic")
+fault_storm = Fault("fault_storm", storm)
 fault_skips = Fault("fault_skips", unsupported="needs a quantum computer; none is known")
 fault_misnamed = Fault("another_name")
+fault_gpu_storm = Fault("fault_gpu_storm", gpu_storm, needs_gpu=True)
