@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from statistics import fmean, median
 from typing import Literal
 
 from moebench.case import MODELS, Case
-from moebench.record import ClockName, L2State, Record
+from moebench.record import ClockName, Contract, L2State, Record, Roofline, Scope, Timing
 from moebench.reports.text import ratio, us
 
 Mark = Literal["", "fastest", "tie"]
@@ -18,6 +19,7 @@ Method = tuple[ClockName, L2State | None]
 FASTEST = "*"  # where there is no bold
 TIE = "~"
 DAGGER = "†"
+FLAGGED = "!"
 BASELINE = "torch"
 CLOCKS: dict[ClockName, str] = {
     "cuda_graph": "CUDA graph replay",
@@ -26,39 +28,91 @@ CLOCKS: dict[ClockName, str] = {
     "simulated": "simulated clock",
 }
 SHORT_CLOCKS: dict[ClockName, str] = {"cuda_graph": "graph", "cuda_events": "eager", "wall": "host", "simulated": "simulated"}
+ROUNDS_FOR_AN_INTERVAL = 6  # fewer medians have no 95 % interval of order statistics: 1 - 2 * 0.5 ** 6 = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What one backend took for one case: a record per round."""
+
+    rounds: tuple[Record, ...]
+
+    @property
+    def case(self) -> Case:
+        return self.rounds[0].case
+
+    @cached_property  # asked for about 20 times a page
+    def median_us(self) -> float:
+        """The median of the rounds' medians."""
+        return median(median_us(record) for record in self.rounds)
+
+    @cached_property
+    def interval_us(self) -> tuple[float, float]:
+        """95 % interval: of the samples of a single round, and of the rounds' medians from six on. With two to five rounds it reaches
+        from the lowest to the highest end of theirs."""
+        if len(self.rounds) >= ROUNDS_FOR_AN_INTERVAL:
+            medians = tuple(median_us(record) for record in self.rounds)
+            return replace(_timing(self.rounds[0]), samples_us=medians).interval_us
+        ends = [_timing(record).interval_us for record in self.rounds]
+        return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One backend at one token count: a record per rank that was timed, and what is known of the ranks that were not."""
+    """One backend at one token count: what each rank took, and what is known of the ranks that were not timed."""
 
     backend: str
-    timed: tuple[Record, ...] = ()  # slowest first
+    timed: tuple[Timed, ...] = ()  # a rank each, slowest first
     status: str = ""  # of a rank that has no time here, or the method that timed it elsewhere
     num_ranks: int = 1
     mark: Mark = ""
 
     @property
-    def slowest(self) -> Record | None:
+    def slowest(self) -> Timed | None:
         return self.timed[0] if self.timed else None
 
     @property
     def slowest_us(self) -> float:
-        return median_us(self.timed[0])
+        return self.timed[0].median_us
 
     @property
     def mean_us(self) -> float:
-        return fmean(median_us(record) for record in self.timed)
+        return fmean(rank.median_us for rank in self.timed)
 
     @property
     def interval_us(self) -> tuple[float, float]:
-        timing = self.timed[0].timing
-        assert timing is not None  # timed holds nothing else
-        return timing.interval_us
+        return self.timed[0].interval_us
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(record for rank in self.timed for record in rank.rounds)
 
     @property
     def describes_kernel(self) -> bool:
-        return all(record.timing is not None and record.timing.comparable for record in self.timed)
+        return all(_timing(record).comparable for record in self.records)
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """Of all its records: flag -> the first sentence."""
+        found: dict[str, str] = {}
+        for record in self.records:
+            found = record.flags | found
+        return found
+
+    @property
+    def stages_us(self) -> dict[str, float]:
+        """Of the slowest rank's first round; empty where stages were not timed."""
+        return _timing(self.timed[0].rounds[0]).stages_us if self.timed else {}
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """Of the slowest rank, where its time describes the kernel."""
+        return self.timed[0].rounds[0].roofline if self.timed and self.describes_kernel else None
+
+    @property
+    def roof_share(self) -> float | None:
+        """Of the time that the roofs allow at least, over the measured one; 1.0 is perfect."""
+        return self.roofline.floor_us / self.slowest_us if self.roofline and self.slowest_us else None
 
     @property
     def counts(self) -> bool:
@@ -67,18 +121,22 @@ class Point:
 
     @property
     def text(self) -> str:
-        """What a reader sees, the mark left to the report: `91.2`, `91.2†`, `91.2 (3/4)`, `failed` or nothing."""
+        """What a reader sees, the mark left to the report: `91.2`, `91.2†`, `91.2!`, `91.2 (3/4)`, `failed` or nothing."""
         if not self.timed:
             return self.status
         partial = f" ({len(self.timed)}/{self.num_ranks})" if len(self.timed) < self.num_ranks else ""
-        return us(self.slowest_us) + ("" if self.describes_kernel else DAGGER) + partial
+        return us(self.slowest_us) + ("" if self.describes_kernel else DAGGER) + (FLAGGED if self.flags else "") + partial
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What one timing method found in one family."""
+    """What was found in one family under one contract."""
 
+    scope: Scope
     method: Method
+    contract_id: str
+    contract: Contract | None  # None for schema 1.0, which had none
+    differs: str  # from the other grids of the family, where the title does not tell them apart
     l2_methods: tuple[str, ...]
     notes: tuple[tuple[str, str], ...]  # backend, what its timing says of itself
     backends: tuple[str, ...]
@@ -86,25 +144,34 @@ class Grid:
 
     @property
     def title(self) -> str:
-        return method_name(self.method)
+        whole = ", whole layer from router logits" if self.scope == "layer" else ""
+        return method_name(self.method) + whole + (f" ({self.differs})" if self.differs else "")
+
+    def base(self, wanted: str | None = None) -> str | None:
+        """What the others are divided by: the wanted one, else the torch reference, where they count, else the first that does."""
+        able = [name for name in self.backends if any(row[name].counts for row in self.rows.values())]
+        return next((name for name in (wanted, BASELINE) if name in able), able[0] if able else None)
+
+    def times_as_fast(self, num_tokens: int, backend: str, wanted: str | None = None) -> float | None:
+        """As the baseline, or None where one of the two does not count."""
+        row, base = self.rows[num_tokens], self.base(wanted)
+        if base is None or not row[base].counts or not row[backend].counts or not row[backend].slowest_us:
+            return None
+        return row[base].slowest_us / row[backend].slowest_us
+
+    def speed_up(self, num_tokens: int, backend: str, wanted: str | None = None) -> str:
+        """times_as_fast as text, empty where there is nothing to divide."""
+        value = self.times_as_fast(num_tokens, backend, wanted)
+        return "" if value is None else ratio(value)
 
     @property
-    def baseline(self) -> str | None:
-        """What the others are divided by: the torch reference where it counts, else the first backend that does."""
-        able = [name for name in self.backends if any(row[name].counts for row in self.rows.values())]
-        return BASELINE if BASELINE in able else able[0] if able else None
-
-    def speed_up(self, num_tokens: int, backend: str) -> str:
-        """How many times as fast as the baseline, or nothing where one of the two does not count."""
-        row = self.rows[num_tokens]
-        if self.baseline is None or not row[self.baseline].counts or not row[backend].counts:
-            return ""
-        return ratio(row[self.baseline].slowest_us / row[backend].slowest_us)
+    def points(self) -> list[Point]:
+        return [point for row in self.rows.values() for point in row.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Records of one device that differ in token count, backend and rank only."""
+    """Records of one device that differ in token count, backend, rank and round only."""
 
     case: Case  # num_tokens and ranks are 0
     arch: str
@@ -122,46 +189,65 @@ class Family:
         return " ".join([*parts, *([f"seed={case.seed}"] if case.seed else [])])
 
     @property
+    def name(self) -> str:
+        """What differs from a plain layer of this model: `gpt-oss-20b` or `gpt-oss-20b EP 4 zipf:1.2`."""
+        case, plain = self.case, MODELS[self.case.model]
+        parts = [case.model]
+        parts += [f"top_k={case.top_k}"] if case.top_k != plain.top_k else []
+        parts += [f"EP {case.ep_size}"] if case.ep_size > 1 else []
+        parts += [f"TP {case.tp_size}"] if case.tp_size > 1 else []
+        parts += [case.routing] if case.routing != "uniform" else []
+        parts += [f"seed={case.seed}"] if case.seed else []
+        return " ".join(parts)
+
+    @property
     def which_rank(self) -> str:
         """What a cell stands for when the layer is spread over ranks; empty when it is not."""
         if self.case.ep_size * self.case.tp_size == 1:
             return ""
         if len(self.ranks) == 1:
             return f"{rank_name(self.case, *self.ranks[0])} only"
-        return f"slowest of {len(self.ranks)} ranks"
+        return f"slowest of {self.num_ranks} ranks" if self.num_ranks > 1 else "one rank, not the same at every token count"
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that a token count has at most: where one has fewer, ranks are missing."""
+        found: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        for record in self.records:
+            found[record.case.num_tokens].add(_rank(record.case))
+        return max(map(len, found.values()))
 
     def grids(self) -> list[Grid]:
-        """One per timing method that timed anything, in the order they came up."""
-        methods = dict.fromkeys(method for r in self.records if (method := _method(r)))
-        return [self._grid(method) for method in methods]
+        """One per scope and contract that timed anything, in the order they came up."""
+        terms: dict[tuple[Scope, str], list[Record]] = defaultdict(list)
+        for record in self.records:
+            if record.status == "ok" and record.timing:
+                terms[record.scope, record.contract_id].append(record)
+        num_ranks = self.num_ranks
+        found = [self._grid(here, num_ranks) for here in terms.values()]
+        titles = [grid.title for grid in found]
+        return [replace(grid, differs=_difference(grid, found)) if titles.count(grid.title) > 1 else grid for grid in found]
 
-    def _grid(self, method: Method) -> Grid:
-        here = [r for r in self.records if _method(r) == method]
+    def _grid(self, here: list[Record], num_ranks: int) -> Grid:
+        first, timings = here[0], [_timing(record) for record in here]
         backends = tuple(dict.fromkeys(r.backend for r in here))
+        rows: dict[int, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for record in here:
+            rows[record.case.num_tokens][record.backend].append(record)
+        there: dict[int, list[Record]] = defaultdict(list)
+        for record in self.records:
+            there[record.case.num_tokens].append(record)
         return Grid(
-            method=method,
-            l2_methods=tuple(dict.fromkeys(r.timing.l2_method for r in here if r.timing and r.timing.l2_method)),
-            notes=tuple(dict.fromkeys((r.backend, r.timing.note) for r in here if r.timing and r.timing.note)),
+            scope=first.scope,
+            method=(timings[0].clock, timings[0].l2),
+            contract_id=first.contract_id,
+            contract=first.contract,
+            differs="",
+            l2_methods=tuple(dict.fromkeys(timing.l2_method for timing in timings if timing.l2_method)),
+            notes=tuple(dict.fromkeys((r.backend, note) for r in here if (note := _timing(r).note))),
             backends=backends,
-            rows={tokens: self._row(tokens, backends, here) for tokens in sorted({r.case.num_tokens for r in here})},
+            rows={tokens: _row(backends, rows[tokens], there[tokens], num_ranks) for tokens in sorted(rows)},
         )
-
-    def _row(self, num_tokens: int, backends: Sequence[str], here: Sequence[Record]) -> dict[str, Point]:
-        there = [r for r in self.records if r.case.num_tokens == num_tokens]
-        num_ranks = len({_rank(r.case) for r in there})
-        points = []
-        for backend in backends:
-            timed = [r for r in here if (r.case.num_tokens, r.backend) == (num_tokens, backend)]
-            others = [r for r in there if r.backend == backend and r not in timed]
-            points.append(
-                Point(
-                    backend=backend,
-                    timed=tuple(sorted(timed, key=median_us, reverse=True)),
-                    status=_why_absent(others[0]) if others else "",
-                    num_ranks=num_ranks,
-                )
-            )
-        return {point.backend: point for point in _marked(points)}
 
 
 def families(records: Iterable[Record]) -> list[Family]:
@@ -182,8 +268,7 @@ def method_name(method: Method) -> str:
 
 
 def median_us(record: Record) -> float:
-    assert record.timing is not None  # callers hand over timed records
-    return record.timing.median_us
+    return _timing(record).median_us
 
 
 def rank_name(case: Case, tp_rank: int, ep_rank: int) -> str:
@@ -207,6 +292,44 @@ def by_reason(records: Iterable[Record]) -> list[list[Record]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
+def flagged(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Flag -> the timed records that carry it, the commonest first."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        for flag in record.flags:
+            found[flag].append(record)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def contracts(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Contract id -> the records timed under it, in the order they came up."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.timing:
+            found[record.contract_id].append(record)
+    return dict(found)
+
+
+def _row(backends: Sequence[str], here: Mapping[str, Sequence[Record]], there: Sequence[Record], num_ranks: int) -> dict[str, Point]:
+    points = []
+    for backend in backends:
+        ranks: dict[tuple[int, int], list[Record]] = defaultdict(list)
+        for record in here.get(backend, ()):
+            ranks[_rank(record.case)].append(record)
+        timed = [Timed(rounds=tuple(sorted(rounds, key=lambda record: record.round))) for rounds in ranks.values()]
+        mine = {id(record) for record in here.get(backend, ())}
+        others = [record for record in there if record.backend == backend and id(record) not in mine]
+        points.append(
+            Point(
+                backend=backend,
+                timed=tuple(sorted(timed, key=lambda rank: rank.median_us, reverse=True)),
+                status=_why_absent(others[0]) if others else "",
+                num_ranks=num_ranks,
+            )
+        )
+    return {point.backend: point for point in _marked(points)}
+
+
 def _marked(points: list[Point]) -> list[Point]:
     """The lowest median is fastest; whoever's interval overlaps its interval ties with it. One alone has beaten nobody."""
     able = [point for point in points if point.counts]
@@ -224,9 +347,17 @@ def _marked(points: list[Point]) -> list[Point]:
     return [replace(point, mark=mark(point)) for point in points]
 
 
-def _method(record: Record) -> Method | None:
-    """How its time was taken, if it has one that counts."""
-    return (record.timing.clock, record.timing.l2) if record.status == "ok" and record.timing else None
+def _difference(grid: Grid, others: Sequence[Grid]) -> str:
+    """What its contract says that another's of the same title does not; its id where they cannot be told apart."""
+    mine = asdict(grid.contract) if grid.contract else {}
+    theirs = [asdict(other.contract) if other.contract else {} for other in others if other is not grid and other.title == grid.title]
+    names = [name for name, value in mine.items() if any(other.get(name, value) != value for other in theirs)]
+    return "; ".join(f"{name}: {mine[name]}" for name in names) or f"contract {grid.contract_id}"
+
+
+def _timing(record: Record) -> Timing:
+    assert record.timing is not None  # callers hand over timed records
+    return record.timing
 
 
 def _why_absent(record: Record) -> str:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from shlex import join
 
+from moebench.flags import FLAGS
 from moebench.journal import Run, merge
 from moebench.record import Record
-from moebench.reports.grid import DAGGER, TIE, Family, Grid, Point, by_reason, families, median_us, method_name, not_ok, rank_name, skipped
-from moebench.reports.text import clean, count, error, gib, kernel_name, ratio, us
+from moebench.reports.answer import contested, sentence
+from moebench.reports.grid import (
+    DAGGER,
+    FLAGGED,
+    TIE,
+    Family,
+    Grid,
+    Point,
+    by_reason,
+    contracts,
+    families,
+    flagged,
+    median_us,
+    method_name,
+    not_ok,
+    rank_name,
+    skipped,
+)
+from moebench.reports.text import clean, count, error, gib, kernel_name, listed, percent, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
 ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
@@ -17,22 +36,28 @@ LEGEND = (
     f"Microseconds, median of all samples. **Bold** is fastest; `{TIE}` ties with it, their 95 % intervals overlap; "
     f"{DAGGER} does not describe the kernel, so it is never called fastest."
 )
+DOUBTED = f" {FLAGGED} has a reason to doubt it, see below."
 
 
-def report(runs: Sequence[Run]) -> str:
-    """Everything the runs found, merged: one row per case, backend and architecture."""
+def report(runs: Sequence[Run], baseline: str | None = None) -> str:
+    """Everything the runs found, merged: one row per case, backend and architecture. Speed-ups are over the baseline where it counts."""
     records = merge(runs)
     blocks = ["# moebench report", _counts(records), "## Runs", *(_environment(run) for run in runs)]
     sections = [family for family in families(records) if family.grids()]
-    blocks += ["## Times", LEGEND] if sections else []
+    answers = _answers(sections)
+    blocks += ["## Which backend, when", answers] if answers else []
+    doubted = flagged(records)
+    blocks += ["## Times", LEGEND + (DOUBTED if doubted else "")] if sections else []
     for family in sections:
-        blocks += _family(family)
+        blocks += _family(family, baseline)
     for title, lines in (
         ("Tuning", _tuning(records)),
+        ("Reasons to doubt", _flags(doubted)),
         ("Numerics", _numerics(records)),
         ("What ran", _what_ran(records)),
         ("Skipped", _skips(records)),
         ("Not ok", _not_ok(records)),
+        ("Contracts", _contracts(records)),
     ):
         blocks += [f"## {title}", *lines] if lines else []
     return "\n\n".join(blocks) + "\n"
@@ -69,16 +94,30 @@ def _environment(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _family(family: Family) -> list[str]:
+def _answers(sections: Iterable[Family]) -> str:
+    """Who is fastest where; nothing where nobody was compared."""
+    told = [
+        f"- {escape(family.title)} on {escape(family.device)}, {escape(grid.title)}: {escape(sentence(grid))}"
+        for family in sections
+        for grid in family.grids()
+        if contested(grid)
+    ]
+    return "\n".join(told)
+
+
+def _family(family: Family, baseline: str | None) -> list[str]:
     title = f"### {escape(family.title)} on {escape(family.device)} ({escape(family.arch)})"
     blocks = [title]
     for grid in family.grids():
         how = "; ".join(escape(method) for method in grid.l2_methods)
         cell = f" Each cell: {family.which_rank}." if family.which_rank else ""
-        blocks += [f"**{grid.title[0].upper()}{grid.title[1:]}**" + (f" ({how})." if how else ".") + cell, _times(grid)]
+        name = escape(f"{grid.title[0].upper()}{grid.title[1:]}")
+        blocks += [f"**{name}**" + (f" ({how})." if how else ".") + cell, _times(grid)]
         blocks += ["\n".join(f"- {escape(backend)}: {escape(note)}" for backend, note in grid.notes)] if grid.notes else []
-        if speed_ups := _speed_ups(grid):
-            blocks += [f"Times as fast as {escape(str(grid.baseline))}:", speed_ups]
+        if speed_ups := _speed_ups(grid, baseline):
+            blocks += [f"Times as fast as {escape(str(grid.base(baseline)))}:", speed_ups]
+        if shares := _roof_shares(grid):
+            blocks += ["Share of the roof, the least time over the measured one:", shares]
         if len(family.ranks) > 1:
             blocks += ["Ranks: the layer waits for the slowest.", _ranks(family, grid)]
     return [*blocks, *_routing(family)]
@@ -95,9 +134,20 @@ def _cell(point: Point) -> str:
     return f"{TIE} {point.text}" if point.mark == "tie" else point.text
 
 
-def _speed_ups(grid: Grid) -> str:
+def _roof_shares(grid: Grid) -> str:
+    """With what limits each row; nothing where no row has a roofline."""
+    rows = []
+    for tokens, row in grid.rows.items():
+        shares = [percent(share) if (share := row[name].roof_share) is not None else "" for name in grid.backends]
+        limits = dict.fromkeys(str(point.roofline.limiter) for point in row.values() if point.roofline)
+        rows += [[str(tokens), *shares, listed(list(limits))]] if any(shares) else []
+    return _table(["tokens", *(escape(name) for name in grid.backends), "limit"], rows, left=[len(grid.backends) + 1]) if rows else ""
+
+
+def _speed_ups(grid: Grid, baseline: str | None) -> str:
     """Nothing where there is nothing to divide."""
-    found = {(tokens, name): grid.speed_up(tokens, name) for tokens in grid.rows for name in grid.backends if name != grid.baseline}
+    base = grid.base(baseline)
+    found = {(tokens, name): grid.speed_up(tokens, name, base) for tokens in grid.rows for name in grid.backends if name != base}
     shown = [name for name in grid.backends if any(found.get((tokens, name)) for tokens in grid.rows)]
     rows = [[str(tokens), *(found[tokens, name] for name in shown)] for tokens in grid.rows]
     return _table(["tokens", *(escape(name) for name in shown)], [row for row in rows if any(row[1:])]) if shown else ""
@@ -153,6 +203,28 @@ def _tuning(records: Iterable[Record]) -> list[str]:
     note = f"Slower tuned than untuned, by more than {(NOTABLE - 1) * 100:.0f} %: here the tactics that tuning chose are not the best ones."
     head = ["backend", "case", "arch", "timing", "tuned us", "untuned us", "tuned / untuned"]
     return [note, _table(head, rows, left=range(4))] if rows else []
+
+
+def _flags(doubted: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Each flag once: what it means, how many rows have it, and what it says of one of them."""
+    rows = []
+    for name, group in doubted.items():
+        meaning = FLAGS[name].meaning if name in FLAGS else ""
+        example = f"{group[0].backend} {group[0].case.label}: {group[0].flags[name]}"
+        rows.append([escape(name), str(len(group)), escape(meaning), escape(example)])
+    return [_table(["flag", "rows", "meaning", "such as"], rows, left=(0, 2, 3))] if rows else []
+
+
+def _contracts(records: Iterable[Record]) -> list[str]:
+    """What each contract says; records of schema 1.0 have none."""
+    rows = []
+    for contract_id, group in contracts(records).items():
+        contract = group[0].contract
+        if contract is not None:
+            told = "; ".join(f"{name}: {value}" for name, value in asdict(contract).items() if value is not None)
+            rows.append([contract_id, str(len(group)), escape(told)])
+    note = "What a time means. Times under two contracts are never in one table."
+    return [note, _table(["contract", "rows", "meaning"], rows, left=(0, 2))] if rows else []
 
 
 def _numerics(records: Iterable[Record]) -> list[str]:

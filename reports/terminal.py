@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.record import Record
-from moebench.reports.grid import DAGGER, FASTEST, TIE, Family, Grid, Point, by_reason, families, not_ok, skipped
+from moebench.reports.grid import DAGGER, FASTEST, FLAGGED, TIE, Family, Grid, Point, by_reason, families, flagged, not_ok, skipped
 from moebench.reports.text import clean, count, error, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
@@ -31,6 +31,7 @@ def summary(records: Sequence[Record]) -> RenderableType:
             parts += _tables(family, grid)
             marks |= _marks(grid)
     parts += [_legend(marks), Text()] if marks else []
+    parts += _flags(records)
     parts += _tuning(records)
     parts += _listed(Text("skipped", style="bold"), skipped(records))
     parts += [*_listed(Text("not ok", style="bold red"), not_ok(records)), _counts(records)]
@@ -42,6 +43,19 @@ def line(record: Record) -> Text:
     status = (f"{record.status:<8}", STATUS_STYLES.get(record.status, "red"))
     told = f" {clean(record.backend):<22} {clean(record.case.label)}  {_outcome(record)}"
     return Text.assemble(status, (told, "dim" if record.status == "skipped" else ""))
+
+
+def time_line(records: Sequence[Record], wall_s: float) -> str:
+    """Where the time went: checking and timing, getting ready for it, and the rest, which is starting processes and writing."""
+    spent: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record.phases_s.items():
+            spent[phase] = spent.get(phase, 0.0) + seconds
+    measuring = sum(spent.get(phase, 0.0) for phase in ("check", "time", "trace"))
+    parts = [f"{phase} {seconds:.0f}" for phase, seconds in sorted(spent.items(), key=lambda item: -item[1]) if seconds >= 0.5]
+    rest = max(wall_s - sum(spent.values()), 0.0)
+    share = f", {measuring / wall_s:.0%} of it measuring" if wall_s else ""
+    return f"{wall_s:.0f} s{share}: {', '.join([*parts, f'processes and files {rest:.0f}'])} s"
 
 
 def backends_table(rows: Iterable[Mapping[str, str]]) -> Table:
@@ -96,7 +110,7 @@ def _cell(point: Point) -> Text:
 def _marks(grid: Grid) -> set[str]:
     points = [point for row in grid.rows.values() for point in row.values()]
     marks: set[str] = {point.mark for point in points if point.mark}
-    marks |= {DAGGER} if any(DAGGER in point.text for point in points) else set()
+    marks |= {mark for mark in (DAGGER, FLAGGED) if any(mark in point.text for point in points)}
     return marks | ({"partial"} if any(point.timed and "/" in point.text for point in points) else set())
 
 
@@ -106,9 +120,21 @@ def _legend(marks: set[str]) -> Text:
         "fastest": Text(f"{FASTEST} fastest", style="bold green"),
         "tie": Text(f"{TIE} tie: 95 % intervals overlap", style="green"),
         DAGGER: Text(f"{DAGGER} not comparable"),
+        FLAGGED: Text(f"{FLAGGED} doubtful", style="yellow"),
         "partial": Text("(n/m) ranks timed"),
     }
     return Text("   ").join(text for name, text in words.items() if name in marks)
+
+
+def _flags(records: Sequence[Record]) -> Iterator[RenderableType]:
+    """How many rows have which reason to doubt them, and what it says of one; nothing where no row has any."""
+    found = flagged(records)
+    for name, group in found.items():
+        first = group[0]
+        where = f"{clean(first.backend)} {clean(first.case.label)}: {clean(first.flags[name])}"
+        yield Text.assemble((f"{FLAGGED} {clean(name)}", "yellow"), f" {count(len(group), 'row')}, such as {where}")
+    if found:
+        yield Text()
 
 
 def _tuning(records: Sequence[Record]) -> Iterator[RenderableType]:

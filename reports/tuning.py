@@ -25,7 +25,7 @@ class Setback:
 
 
 def setbacks(records: Iterable[Record]) -> list[Setback]:
-    """Where X takes more than NOTABLE times as long as X@untuned, of equal case, device, clock and L2 state; worst first."""
+    """Where X takes more than NOTABLE times as long as X@untuned, of equal case, device, contract and round; worst first."""
     timed = {_point(record, record.backend): record for record in records if _describes_kernel(record)}
     found = []
     for record in timed.values():
@@ -41,4 +41,4 @@ def _describes_kernel(record: Record) -> bool:
 
 def _point(record: Record, backend: str) -> tuple[object, ...]:
     assert record.timing is not None  # callers look at timed records
-    return backend, record.case, record.arch, record.device, record.timing.clock, record.timing.l2
+    return backend, record.case, record.arch, record.device, record.scope, record.round, record.contract_id

@@ -1,4 +1,4 @@
-"""`moebench report`: tables and pages from recorded runs."""
+"""`moebench report`: tables, pages and figures from recorded runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ from pathlib import Path
 
 import click
 
+from moebench.case import did_you_mean
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
 from moebench.journal import RUNS, Run, load_run, merge
 from moebench.record import RecordError
-from moebench.reports import markdown, table_csv
+from moebench.reports import json_rows, markdown, table_csv
+
+FORMATS = ("html", "md", "csv", "json")
 
 
 @click.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--format", "style", type=click.Choice(["md", "csv"]), default="md", show_default=True)
+@click.option("--format", "style", type=click.Choice(FORMATS), help="What to write.  [default: by the ending of --out, else md]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file instead of stdout.")
-def report(runs: tuple[Path, ...], style: str, out: Path | None) -> None:
-    """Report on run directories, merged; the newest under runs/ without an argument."""
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Also write every figure here: NAME.png and NAME-dark.png.")
+@click.option("--baseline", metavar="BACKEND", help="What speed-ups are over.  [default: torch where it was timed, else the first backend]")
+def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: Path | None, baseline: str | None) -> None:
+    """Report on run directories, merged; the newest under runs/ without an argument.
+
+    An html report is one page that needs nothing else: no server, no network."""
     try:
         loaded = [load_run(path) for path in runs or (_newest(),)]
     except RecordError as error:
@@ -25,19 +32,42 @@ def report(runs: tuple[Path, ...], style: str, out: Path | None) -> None:
     for run in loaded:
         if run.torn:
             click.echo(f"note: {run.path}: the journal's last line was cut off and is left out", err=True)
-    text = _render(loaded, style)
-    if out is None:
-        click.echo(text, nl=not text.endswith("\n"))
-        return
+    known = list(dict.fromkeys(record.backend for run in loaded for record in run.records))
+    if baseline is not None and baseline not in known:
+        there = f"these runs have {', '.join(known)}" if known else "these runs have no records"
+        fail([f"--baseline {baseline!r} is in no record{did_you_mean(baseline, known)}; {there}"], USAGE)
+    ending = out.suffix.lower().removeprefix(".") if out else ""
+    style = style or (ending if ending in FORMATS else "md")
     try:
-        out.write_text(text)
+        if plots is not None:
+            for path in _draw(loaded, plots, baseline):
+                click.echo(f"figure: {path}", err=True)
+        text = _render(loaded, style, baseline)
+        if out is None:
+            click.echo(text, nl=not text.endswith("\n"))
+            return
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
-        fail([f"{out}: {error.strerror}"], STORAGE)
+        fail([f"{error.filename}: {error.strerror}"], STORAGE)
     click.echo(str(out))
 
 
-def _render(runs: list[Run], style: str) -> str:
-    return markdown.report(runs) if style == "md" else table_csv.rows(merge(runs))
+def _render(runs: list[Run], style: str, baseline: str | None) -> str:
+    if style == "html":
+        from moebench.reports.page import page
+
+        return page(runs, baseline=baseline)
+    if style == "json":
+        return json_rows.document(runs)
+    return markdown.report(runs, baseline) if style == "md" else table_csv.rows(merge(runs))
+
+
+def _draw(runs: list[Run], directory: Path, baseline: str | None) -> list[Path]:
+    from moebench.reports.figures import album
+    from moebench.reports.render import png
+
+    directory.mkdir(parents=True, exist_ok=True)
+    return [path for figure in album(merge(runs), baseline).figures for path in png(figure, directory)]
 
 
 def _newest() -> Path:

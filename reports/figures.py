@@ -1,0 +1,507 @@
+"""Which figures records make: what each shows, and what it says in words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moebench.record import Record
+from moebench.reports.answer import contested, sentence, wins
+from moebench.reports.drawing import End, Figure, Look, Value, finish, legend, lines, log_ticks, ratio_ticks, token_axis
+from moebench.reports.grid import Family, Grid, Point, families
+from moebench.reports.ranks import Imbalance, balancedness, imbalances
+from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Album:
+    """Every figure of a set of records, beside what it is of."""
+
+    grids: tuple[tuple[Family, Grid, tuple[Figure, ...]], ...]
+    ranks: tuple[tuple[Imbalance, tuple[Figure, ...]], ...]
+    maps: tuple[Figure, ...]
+    numerics: tuple[Figure, ...]
+
+    @property
+    def figures(self) -> list[Figure]:
+        of_grids = [figure for _, _, figures in self.grids for figure in figures]
+        return [*of_grids, *(figure for _, figures in self.ranks for figure in figures), *self.maps, *self.numerics]
+
+
+def album(records: Sequence[Record], baseline: str | None = None) -> Album:
+    """Nothing is drawn yet. Speed-ups are over the baseline where it counts."""
+    groups = [(family, grid) for family in families(records) for grid in family.grids()]
+    used: Counter[str] = Counter()
+    grids = []
+    for family, grid in groups:
+        name = slug(f"{family.name}{' layer' if grid.scope == 'layer' else ''}")
+        used[name] += 1
+        grids.append((family, grid, tuple(of_grid(family, grid, f"{name}-{used[name]}" if used[name] > 1 else name, baseline))))
+    ranks = [(found, tuple(of_imbalance(found, f"{slug(found.family.case.model)}-{n}"))) for n, found in enumerate(imbalances(groups), 1)]
+    return Album(grids=tuple(grids), ranks=tuple(ranks), maps=tuple(heat_maps(groups)), numerics=tuple(numerics(records)))
+
+
+def of_grid(family: Family, grid: Grid, name: str, baseline: str | None) -> list[Figure]:
+    """What one grid can show: nothing where fewer than two token counts have a time that counts."""
+    if len({win.num_tokens for win in wins(grid) if win.num_tokens}) < 2:
+        return []
+    found = [_latency(family, grid, name)]
+    base = grid.base(baseline)
+    if base is not None and contested(grid):
+        found.append(_speed_up(family, grid, name, base))
+    if any(point.roof_share is not None and point.counts for point in grid.points):
+        found.append(_roof_share(family, grid, name))
+        if grid.method[1] == "cold":
+            found.append(_roofline(family, grid, name))
+    return found
+
+
+def of_imbalance(imbalance: Imbalance, name: str) -> list[Figure]:
+    """Nothing where fewer than two token counts were timed."""
+    sizes = {size: {tokens: point for tokens, point in row.items() if tokens} for size, row in imbalance.sizes.items()}
+    if max(len(row) for row in sizes.values()) < 2:
+        return []
+    labels = {size: f"EP {size}" for size in sizes}
+    slowest = {labels[s]: [Value(tokens=t, y=p.slowest_us) for t, p in row.items()] for s, row in sizes.items()}
+    mean = {labels[s]: [Value(tokens=t, y=p.mean_us) for t, p in row.items()] for s, row in sizes.items()}
+    balance = {labels[s]: [Value(tokens=t, y=balancedness(p)) for t, p in row.items()] if s > 1 else [] for s, row in sizes.items()}
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        left, right = canvas.subplots(1, 2) if look.wide else canvas.subplots(2, 1)
+        ends = lines(left, slowest, look, band=False)
+        lines(left, mean, look, band=False, dashed=True)
+        left.set_yscale("log")
+        token_axis(left, _all_tokens(slowest), look, columns=2 if look.wide else 1)
+        log_ticks(left, look)
+        right_ends = lines(right, balance, look, band=False)
+        right.axhline(1.0, color=look.muted, linewidth=1, linestyle=(0, (4, 3)))
+        right.set_ylim(0, 1.06)
+        token_axis(right, _all_tokens(slowest), look, columns=2 if look.wide else 1)
+        finish(canvas, left, ends, look, ylabel="us: slowest rank (line), mean (dashed)", end_labels=True)
+        finish(canvas, right, right_ends, look, ylabel="mean / slowest: 1 is balanced", end_labels=True)
+
+    low, size, tokens = imbalance.worst
+    where = f"EP {size} at {_tokens(tokens)}"
+    finding = f"Least balanced: {where}, where the mean of the ranks is {low:.2f} of the slowest. Communication is not in it."
+    return [
+        Figure(
+            name=f"ep-{name}",
+            title=f"Expert-parallel ranks of {imbalance.title}, {imbalance.backend}, {imbalance.grid.title}",
+            finding=finding,
+            height=lambda look: 380 if look.wide else 560,
+            draw=draw,
+        )
+    ]
+
+
+def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
+    """One per device and contract in which two axes vary: who is fastest, or where one backend is alone, its time."""
+    alike: dict[tuple[str, str, str, str], list[tuple[Family, Grid]]] = defaultdict(list)
+    for family, grid in groups:
+        alike[family.device, family.arch, grid.scope, grid.contract_id].append((family, grid))
+    found = []
+    for number, here in enumerate(alike.values(), 1):
+        cells, rows, columns, across = _cells(here)
+        if len(rows) < 2 or len(columns) < 2:
+            continue
+        names = list(dict.fromkeys(name for _, grid in here for name in grid.backends))
+        if any(contested(grid) for _, grid in here):
+            found.append(_winner_map(here[0], names, cells, rows, columns, across, number))
+        else:
+            found.append(_time_map(here[0], cells, rows, columns, across, number))
+    return found
+
+
+def numerics(records: Iterable[Record]) -> list[Figure]:
+    """Every checked row's error as a share of its tolerance."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.error is not None and record.error.rel_l2_tolerance > 0 and record.error.worst_tolerance > 0:
+            found[label(record.backend)].append(record)
+    shares = {
+        backend: (
+            [r.error.rel_l2 / r.error.rel_l2_tolerance for r in group if r.error],
+            [r.error.worst / r.error.worst_tolerance for r in group if r.error],
+        )
+        for backend, group in sorted(found.items())
+    }
+    if not shares:
+        return []
+    whole = [value for pair in shares.values() for part in pair for value in part]
+    drawn = [value for value in whole if 0 < value < math.inf]
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        axes = canvas.add_subplot()
+        for row, (backend, pair) in enumerate(shares.items()):
+            for offset, marker, colour, values in ((-0.14, "o", look.colour(0), pair[0]), (0.14, "D", look.colour(1), pair[1])):
+                inside = [value for value in values if 0 < value < math.inf]
+                axes.plot(inside, [row + offset] * len(inside), marker, color=colour, markersize=5.5, alpha=0.55, markeredgewidth=0)
+            if not look.wide:
+                axes.text(0.0, row - 0.3, backend, transform=axes.get_yaxis_transform(), fontsize=look.font, color=look.ink, va="bottom")
+        axes.axvline(1.0, color=look.ink, linewidth=1.4)
+        axes.set_xscale("log")
+        low, high = min(drawn, default=0.1), max(drawn, default=0.1)
+        axes.set_xlim(min(low / 1.5, 0.05), max(high * 1.5, 1.6))
+        axes.set_ylim(len(shares) - 0.4, -0.75)
+        axes.set_yticks(range(len(shares)), list(shares) if look.wide else [""] * len(shares))
+        axes.tick_params(axis="y", length=0)
+        log_ticks(axes, look, which="x")
+        axes.grid(axis="y", visible=False)
+        legend(canvas, [("o", look.colour(0), "relative L2"), ("D", look.colour(1), "worst element")], look)
+        finish(canvas, axes, [], look, ylabel="", xlabel="error / its tolerance; right of the line at 1 a row is wrong")
+
+    worst, backend = max((max(pair[0] + pair[1], key=_nan_first), backend) for backend, pair in shares.items())
+    finding = f"The error nearest to its tolerance is of {backend}: {percent(worst)} of it."
+    if above := sum(not value <= 1 for value in whole):
+        finding = f"{above} of {len(whole)} errors are above their tolerance; the largest is of {backend}, {ratio(worst)} of it."
+    return [
+        Figure(
+            name="numerics",
+            title="Errors as shares of their tolerances, a mark a row",
+            finding=finding,
+            height=lambda look: 110 + len(shares) * (34 if look.wide else 46),
+            draw=draw,
+        )
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    best: str
+    time_us: float
+    lead: float | None  # None: a tie, or nobody else
+    tie: bool
+
+
+def _latency(family: Family, grid: Grid, name: str) -> Figure:
+    """Time against tokens."""
+    series = _series(grid, lambda point: (point.slowest_us, *point.interval_us))
+    floors = _floors(grid)
+    left_out = [backend for backend in grid.backends if backend not in series]
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        axes = canvas.add_subplot()
+        ends = lines(axes, series, look)
+        if len(floors) > 1:
+            tokens, values = [t for t, _, _ in floors], [value for _, value, _ in floors]
+            axes.plot(tokens, values, color=look.muted, linestyle=(0, (4, 3)), linewidth=1.4, label="floor")
+            ends.append(End(text="floor", y=values[-1], colour=look.muted))
+        axes.set_yscale("log")
+        token_axis(axes, _all_tokens(series), look)
+        log_ticks(axes, look)
+        finish(canvas, axes, ends, look, ylabel="microseconds a call")
+
+    drawn = sentence(grid)
+    if len(floors) > 1:
+        (first, _, limit), (last, _, last_limit) = floors[0], floors[-1]
+        drawn += f" The dashed floor is the least time the roofs allow ({limit} at {first}, {last_limit} at {last} tokens)."
+    notes = (f"Not drawn, without a time that counts: {listed([clean(n) for n in left_out])}.",) if left_out else ()
+    return Figure(
+        name=f"latency-{name}",
+        title=f"Time of a call of {_what(family, grid)}",
+        finding=drawn,
+        height=lambda look: _height(look, len(series)),
+        draw=draw,
+        notes=notes,
+    )
+
+
+def _speed_up(family: Family, grid: Grid, name: str, base: str) -> Figure:
+    series: dict[str, list[Value]] = {}
+    for backend in grid.backends:
+        values = []
+        for tokens, row in grid.rows.items():
+            value = grid.times_as_fast(tokens, backend, base)
+            if value is not None and tokens:
+                (base_low, base_high), (low, high) = row[base].interval_us, row[backend].interval_us
+                values.append(Value(tokens=tokens, y=value, low=base_low / high, high=base_high / low))
+        if values:
+            series[backend] = values
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        axes = canvas.add_subplot()
+        axes.axhline(1.0, color=look.muted, linewidth=1)
+        others = {backend: values if backend != base else [] for backend, values in series.items()}
+        ends = lines(axes, others, look)
+        ends.append(End(text=f"1x is {label(base)}", y=1.0, colour=look.muted))
+        axes.set_yscale("log", base=2)
+        token_axis(axes, _all_tokens(series), look)
+        ratio_ticks(axes, [end for values in series.values() for value in values for end in (value.low, value.high)])
+        finish(canvas, axes, ends, look, ylabel=f"times as fast as {label(base)}")
+
+    others = [(value.y, backend, value.tokens) for backend, values in series.items() if backend != base for value in values]
+    (low, slowest, there), (high, fastest, here) = min(others), max(others)
+    finding = (
+        f"Against {base}: at most {ratio(high)} ({fastest} at {_tokens(here)}), at least {ratio(low)} ({slowest} at {_tokens(there)})."
+    )
+    return Figure(
+        name=f"speed-up-{name}",
+        title=f"Speed-up over {base}, {_what(family, grid)}",
+        finding=finding,
+        height=lambda look: _height(look, len(series)),
+        draw=draw,
+    )
+
+
+def _roof_share(family: Family, grid: Grid, name: str) -> Figure:
+    """How near to the roof, and which roof it is."""
+    series = _series(grid, lambda point: None if point.roof_share is None else _share(point))
+    floors = _floors(grid)
+    turn = next((tokens for tokens, _, limiter in floors if limiter == "compute"), None)
+    before = [tokens for tokens, _, limiter in floors if limiter == "memory"]
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        axes = canvas.add_subplot()
+        axes.axhline(100.0, color=look.muted, linewidth=1, linestyle=(0, (4, 3)))
+        ends = lines(axes, series, look)
+        top = max(105.0, *(1.08 * value.high for values in series.values() for value in values))
+        axes.set_ylim(0, top)
+        token_axis(axes, _all_tokens(series), look)
+        if turn and before:
+            axes.axvline(math.sqrt(turn * before[-1]), color=look.rule, linewidth=1.2)
+        parts = [(before, "memory is the limit"), ([t for t, _, limiter in floors if limiter == "compute"], "compute is the limit")]
+        for tokens, words in parts:
+            if tokens and len(tokens) * (look.width - (260 if look.wide else 70)) / max(len(floors), 1) > 7 * len(words):
+                x = math.sqrt(tokens[0] * tokens[-1])
+                axes.text(x, 0.03 * top, words, color=look.muted, fontsize=look.font - 1, ha="center", va="bottom")
+        finish(canvas, axes, ends, look, ylabel="% of the roof")
+
+    shares = [(value.y, backend, value.tokens) for backend, values in series.items() for value in values]
+    high, best, at = max(shares)
+    told = [f"memory limits up to {_tokens(before[-1])}" if before else "", f"compute from {_tokens(turn)} on" if turn else ""]
+    finding = f"Nearest to the roof: {best} with {high:.0f} % at {_tokens(at)}. {_sentence(listed([part for part in told if part]))}."
+    return Figure(
+        name=f"roof-share-{name}",
+        title=f"Share of the roof, {_what(family, grid)}",
+        finding=finding,
+        height=lambda look: _height(look, len(series)),
+        draw=draw,
+    )
+
+
+def _roofline(family: Family, grid: Grid, name: str) -> Figure:
+    """Achieved FLOP/s over the least bytes."""
+    series: dict[str, list[Value]] = {}
+    roofs: set[tuple[float, float]] = set()
+    for backend in grid.backends:
+        for tokens, row in grid.rows.items():
+            point, roof = row[backend], row[backend].roofline
+            if roof is None or not point.counts or not roof.flop or not tokens or not point.slowest_us:
+                continue
+            roofs.add((roof.bandwidth_bytes_s, roof.flop_s))
+            rate = roof.flop / point.slowest_us / 1e6  # TFLOP/s
+            value = Value(tokens=tokens, x=roof.flop / (roof.weight_bytes + roof.activation_bytes), y=rate, low=rate, high=rate)
+            series.setdefault(backend, []).append(value)
+    intensities = [value.x for values in series.values() for value in values]
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        axes = canvas.add_subplot()
+        low, high = min(intensities) / 1.6, max(intensities) * 1.6
+        for bandwidth, flop_s in sorted(roofs):
+            ridge = flop_s / bandwidth
+            xs = sorted({low, high, *([ridge] if low < ridge < high else [])})
+            axes.plot(xs, [min(bandwidth * x, flop_s) / 1e12 for x in xs], color=look.ink, linewidth=1.6)
+            words = f"{bandwidth / 1e12:.1f} TB/s"
+            if low < ridge:
+                middle = math.sqrt(low * min(ridge, high))
+                axes.annotate(words, (middle, bandwidth * middle / 1e12), (-6, 6), textcoords="offset points", color=look.ink, ha="right")
+            if ridge < high:
+                words = f"{flop_s / 1e12:.0f} TFLOP/s"
+                axes.annotate(words, (high, flop_s / 1e12), (-4, 6), textcoords="offset points", color=look.ink, ha="right", va="bottom")
+        ends = lines(axes, series, look, band=False)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(low, high)
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom, top * 1.5)
+        log_ticks(axes, look)
+        log_ticks(axes, look, which="x")
+        finish(canvas, axes, ends, look, ylabel="TFLOP/s, useful", xlabel="FLOP per byte that must be moved")
+
+    rates = [(value.y, backend, value.tokens) for backend, values in series.items() for value in values]
+    high, best, at = max(rates)
+    finding = (
+        f"Most useful work per second: {best} with {high:.3g} TFLOP/s at {_tokens(at)}, under a roof of {max(roofs)[1] / 1e12:.0f} TFLOP/s."
+    )
+    return Figure(
+        name=f"roofline-{name}",
+        title=f"Roofline, {_what(family, grid)}",
+        finding=finding,
+        height=lambda look: _height(look, len(series)) + (40 if look.wide else 0),
+        draw=draw,
+    )
+
+
+def _series(grid: Grid, value: Callable[[Point], tuple[float, float, float] | None]) -> dict[str, list[Value]]:
+    """Backends that count somewhere, with what `value` makes of their points: y, low, high."""
+    found: dict[str, list[Value]] = {}
+    for tokens, row in grid.rows.items():
+        for backend in grid.backends:
+            made = value(row[backend]) if row[backend].counts and tokens else None  # a logarithmic axis has no 0
+            if made is not None and made[0] > 0:
+                found.setdefault(backend, []).append(Value(tokens=tokens, y=made[0], low=made[1], high=made[2]))
+    return {backend: found[backend] for backend in grid.backends if backend in found}
+
+
+def _share(point: Point) -> tuple[float, float, float]:
+    assert point.roofline is not None  # callers look at points with a share
+    low, high = point.interval_us
+    floor_us = 100 * point.roofline.floor_us
+    return floor_us / point.slowest_us, floor_us / high, floor_us / low if low else 0.0
+
+
+def _floors(grid: Grid) -> list[tuple[int, float, str]]:
+    """Token count, least time, limiter: of the backends that have a roofline, the lowest."""
+    found = []
+    for tokens, row in grid.rows.items():
+        roofs = [point.roofline for point in row.values() if point.counts and point.roofline and tokens]
+        if roofs:
+            least = min(roofs, key=lambda roof: roof.floor_us)
+            found.append((tokens, least.floor_us, str(least.limiter)))
+    return [floor for floor in found if floor[1] > 0]
+
+
+def _cells(here: Sequence[tuple[Family, Grid]]) -> tuple[dict[tuple[str, str], _Cell], list[str], list[str], str]:
+    """Cells by row and column, the names of both, and what the columns are."""
+    tokens = sorted({win.num_tokens for _, grid in here for win in wins(grid)})
+    axes = ("model", "top_k", "ep_size", "tp_size", "routing", "seed")
+    values = {axis: list(dict.fromkeys(getattr(family.case, axis) for family, _ in here)) for axis in axes}
+    across = "num_tokens" if len(tokens) > 1 else max(axes, key=lambda axis: len(values[axis]))
+    varying = [axis for axis in axes if len(values[axis]) > 1 and axis != across]
+    short = {"ep_size": "EP ", "tp_size": "TP ", "top_k": "top_k ", "seed": "seed ", "model": "", "routing": ""}
+    cells: dict[tuple[str, str], _Cell] = {}
+    rows: dict[str, None] = {}
+    for family, grid in here:
+        row = ", ".join(f"{short[axis]}{clean(str(getattr(family.case, axis)))}" for axis in varying) or clean(family.title)
+        rows[row] = None
+        for win in wins(grid):
+            column = str(win.num_tokens if across == "num_tokens" else getattr(family.case, across))
+            cells[row, clean(column)] = _Cell(best=win.best.backend, time_us=win.best.slowest_us, lead=win.lead, tie=bool(win.ties))
+    columns = [str(number) for number in tokens] if across == "num_tokens" else [clean(str(value)) for value in values[across]]
+    return cells, list(rows), columns, {"num_tokens": "tokens"}.get(across, across)
+
+
+def _winner_map(
+    group: tuple[Family, Grid],
+    names: list[str],
+    cells: Mapping[tuple[str, str], _Cell],
+    rows: list[str],
+    columns: list[str],
+    across: str,
+    number: int,
+) -> Figure:
+    decided = [cell for cell in cells.values() if cell.tie or cell.lead is not None]
+    leaders = [name for name in names if any(cell.best == name for cell in decided)]
+
+    def paint(cell: _Cell, look: Look) -> tuple[str, str, str, float]:
+        if not cell.tie and cell.lead is None:
+            return look.rule, look.muted, "alone", 0.35
+        return look.colour(names.index(cell.best)), look.ink, "~" if cell.tie or cell.lead is None else ratio(cell.lead), 0.3
+
+    def entries(look: Look) -> list[tuple[str, str, str]]:
+        return [("s", look.colour(names.index(name)), label(name)) for name in leaders]
+
+    counted = Counter(cell.best for cell in decided)
+    most = max(leaders, key=lambda name: counted[name])
+    ties = sum(cell.tie for cell in decided)
+    alone = len(cells) - len(decided)
+    return Figure(
+        name=f"winners-{number}",
+        title=f"Fastest backend on {group[0].device}, and how many times as fast as the next, {group[1].title}",
+        finding=f"{most} has the lowest median in {counted[most]} of the {len(decided)} cells in which backends were compared; "
+        f"{ties} are ties (~)" + (f", and in {alone} one backend is alone." if alone else "."),
+        height=lambda look: _map_height(rows, columns, look, len(leaders)),
+        draw=lambda canvas, look: _map(canvas, look, cells, rows, columns, across, paint, entries(look)),
+    )
+
+
+def _time_map(
+    group: tuple[Family, Grid], cells: Mapping[tuple[str, str], _Cell], rows: list[str], columns: list[str], across: str, number: int
+) -> Figure:
+    times = [cell.time_us for cell in cells.values()]
+    low, high = math.log(max(min(times), 1e-3)), math.log(max(*times, 2e-3))
+
+    def paint(cell: _Cell, look: Look) -> tuple[str, str, str, float]:
+        place = (math.log(max(cell.time_us, 1e-3)) - low) / (high - low) if high > low else 0.0
+        step = min(int(place * len(look.heat)), len(look.heat) - 1)
+        return look.heat[step], look.heat_ink[step], us(cell.time_us), 1.0
+
+    (row, column), longest = max(cells.items(), key=lambda item: item[1].time_us)
+    what = (
+        ", slowest of the ranks" if any(family.case.ep_size * family.case.tp_size > 1 for family, _ in [group]) or "EP" in rows[-1] else ""
+    )
+    return Figure(
+        name=f"times-{number}",
+        title=f"Microseconds a call of {clean(longest.best)} on {clean(group[0].device)}{what}, {group[1].title}",
+        finding=f"From {us(min(times))} to {us(longest.time_us)} us, the longest for {row} at {column} {across}.",
+        height=lambda look: _map_height(rows, columns, look, 0),
+        draw=lambda canvas, look: _map(canvas, look, cells, rows, columns, across, paint, []),
+    )
+
+
+def _map(
+    canvas: Canvas,
+    look: Look,
+    cells: Mapping[tuple[str, str], _Cell],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    across: str,
+    paint: Callable[[_Cell, Look], tuple[str, str, str, float]],
+    entries: list[tuple[str, str, str]],
+) -> None:
+    """Wide: rows down and columns across; narrow: the other way round, since there are more columns than fit."""
+    from matplotlib.patches import Rectangle
+
+    axes = canvas.add_subplot()
+    down, over = (rows, columns) if look.wide else (columns, rows)
+    for (row, column), cell in cells.items():
+        x, y = (columns.index(column), rows.index(row)) if look.wide else (rows.index(row), columns.index(column))
+        face, ink, text, alpha = paint(cell, look)
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, alpha=alpha, edgecolor=look.surface, linewidth=1))
+        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=look.font - (1.5 if look.wide else 2))
+    axes.set_xlim(-0.5, len(over) - 0.5)
+    axes.set_ylim(len(down) - 0.5, -0.5)
+    axes.set_xticks(range(len(over)), [label(name) for name in over], rotation=0 if look.wide else 90)
+    axes.set_yticks(range(len(down)), [label(name) for name in down])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    if entries:
+        legend(canvas, entries, look)
+    finish(canvas, axes, [], look, xlabel=across if look.wide else "", ylabel="" if look.wide else across)
+
+
+def _map_height(rows: Sequence[str], columns: Sequence[str], look: Look, legend: int) -> float:
+    if look.wide:
+        return 100 + 34 * len(rows) + 18 * (legend > 0)
+    return 80 + 26 * len(columns) + 7 * max(len(label(row)) for row in rows) + 18 * legend
+
+
+def _all_tokens(series: Mapping[str, Sequence[Value]]) -> list[int]:
+    return sorted({value.tokens for values in series.values() for value in values})
+
+
+def _height(look: Look, count: int) -> float:
+    return max(400.0, 120.0 + 20 * count) if look.wide else 300.0 + 19 * count
+
+
+def _what(family: Family, grid: Grid) -> str:
+    ranks = f" ({family.which_rank})" if family.which_rank else ""
+    return f"{family.name}{ranks} on {family.device}, {grid.title}"
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token{'' if number == 1 else 's'}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value

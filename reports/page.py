@@ -1,0 +1,522 @@
+"""Runs as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from shlex import join as shell
+
+from moebench.flags import FLAGS
+from moebench.journal import Run, merge
+from moebench.record import Record, Telemetry
+from moebench.reports import answer, figures, render
+from moebench.reports.all_rows import all_rows, commas, flag_links, pasteable
+from moebench.reports.drawing import Figure, palettes
+from moebench.reports.grid import (
+    DAGGER,
+    FLAGGED,
+    TIE,
+    Family,
+    Grid,
+    Point,
+    by_reason,
+    contracts,
+    flagged,
+    not_ok,
+    rank_name,
+    skipped,
+)
+from moebench.reports.markup import Child, Html, breakable, table, tag
+from moebench.reports.ranks import Imbalance, balancedness
+from moebench.reports.text import count, error, gib, kernel_name, listed, percent, ratio, slug, us
+from moebench.reports.tuning import NOTABLE, setbacks
+
+Draw = Callable[[Figure], Html]
+
+MANY = 4  # layers, beyond which each shows its first figure only until it is asked for the others
+MOST_FIGURES = 40  # of single layers; one takes about 0.3 s to draw and 50 kB
+
+
+def page(runs: Sequence[Run], *, baseline: str | None = None, draw: Draw = render.inline) -> str:
+    """Everything the runs found, merged. The baseline is what speed-ups are over where it counts; `draw` makes a figure's SVG."""
+    records = merge(runs)
+    drawn = figures.album(records, baseline)
+    groups = [(family, grid) for family, grid, _ in drawn.grids]
+    sections = [
+        _Section(id="what", title="What ran, and on what", body=[_run(run) for run in runs]),
+        _Section(id="answer", title="Which backend, when", body=_answer(groups, records)),
+        _Section(id="times", title="Times", body=_times(drawn.grids, baseline, draw)),
+        _Section(id="ep", title="Expert-parallel ranks", body=_ranks(drawn.ranks, draw)),
+        _Section(id="maps", title="Over two axes", body=[_figure(figure, draw) for figure in drawn.maps]),
+        _Section(id="numerics", title="Numerics", body=_numerics(records, drawn.numerics, draw)),
+        _Section(id="flags", title="Reasons to doubt", body=[*_flags(records), *_sensors(records)]),
+        _Section(id="left-out", title="Skipped and failed", body=_left_out(records)),
+        _Section(id="kernels", title="Kernels and tuning", body=[*_tuning(records), *_what_ran(records), *_phases(records)]),
+        _Section(id="provenance", title="Provenance", body=_provenance(runs, records)),
+        _Section(id="rows", title="All rows", body=all_rows(records)),
+    ]
+    shown = [section for section in sections if section.body]
+    title = _title(records)
+    header = tag("header", tag("h1", title), _summary(runs, records), _contents(shown))
+    body = [tag("section", tag("h2", section.title), section.body, id=section.id) for section in shown]
+    return _document(f"moebench: {title}", tag("main", header, body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    id: str
+    title: str
+    body: Sequence[Html]
+
+
+def _document(title: str, body: Html) -> str:
+    """Nothing is loaded, and nothing runs or styles the page but the two texts whose hashes the policy names."""
+    here = files("moebench.reports")
+    css = palettes() + here.joinpath("page.css").read_text("utf-8")
+    js = here.joinpath("page.js").read_text("utf-8")
+    policy = f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(js)}; img-src data:; base-uri 'none'; form-action 'none'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("link", rel="icon", href="data:,"),
+        Html(f"<style>{css}</style>"),
+    )
+    return f"<!doctype html>\n{tag('html', head, tag('body', body, Html(f'<script>{js}</script>')), lang='en').markup}\n"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+def _title(records: Sequence[Record]) -> str:
+    models = list(dict.fromkeys(record.case.model for record in records))
+    devices = list(dict.fromkeys(record.device for record in records))
+    if not records:
+        return "no records"
+    return f"{listed(models)} experts on {listed(devices)}"
+
+
+def _summary(runs: Sequence[Run], records: Sequence[Record]) -> Html:
+    days = sorted({run.manifest.started[:10] for run in runs})
+    drivers = list(dict.fromkeys(run.manifest.device.driver for run in runs if run.manifest.device.driver))
+    torches = list(dict.fromkeys(torch for run in runs if (torch := run.manifest.device.versions.get("torch"))))
+    facts = [listed(days), *([f"driver {listed(drivers)}"] if drivers else []), *([f"torch {listed(torches)}"] if torches else [])]
+    counts = Counter(record.status for record in records)
+    statuses = ", ".join(f"{number} {status}" for status, number in counts.most_common())
+    doubted = sum(bool(record.flags) for record in records)
+    flags: Child = ["; ", tag("a", f"{count(doubted, 'row')} with a reason to doubt", href="#flags")] if doubted else None
+    told = f"{', '.join(facts)}. {count(len(records), 'row')}{': ' if records else ''}{statuses}"
+    return tag("p", told, flags, ".", class_="lead")
+
+
+def _contents(shown: Iterable[_Section]) -> Html:
+    links = [tag("li", tag("a", section.title, href=f"#{section.id}")) for section in shown]
+    return tag("nav", tag("ul", links), aria_label="Contents")
+
+
+def _run(run: Run) -> Html:
+    manifest, device = run.manifest, run.manifest.device
+    versions = {**device.versions, **manifest.versions}
+    facts = [device.arch, gib(device.memory_bytes)] if device.memory_bytes else [device.arch]
+    facts += [f"{device.num_sms} SMs"] if device.num_sms else []
+    facts += [f"up to {device.clock_mhz} MHz"] if device.clock_mhz else []
+    cut = "; the journal's last line was cut off and is left out" if run.torn else ""
+    rows: list[tuple[str, Child]] = [
+        ("device", f"{device.name} ({', '.join(facts)})"),
+        ("driver", device.driver or "none"),
+        ("started", f"{manifest.started.replace('T', ' ')}; {count(len(run.records), 'record')}{cut}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
+        ("command", pasteable(shell(manifest.command))),
+    ]
+    return tag("div", tag("h3", "run ", manifest.run_id), tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in rows]))
+
+
+def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record]) -> list[Html]:
+    """Sentences where backends were compared, then a table of every layer."""
+    if not groups:
+        return [tag("p", "No row has a time.")] if records else []
+    told = [
+        tag("p", tag("strong", f"{family.name} on {family.device}"), f" ({grid.title}): {answer.sentence(grid)}", class_="answer")
+        for family, grid in groups
+        if answer.contested(grid)
+    ]
+    if not told:
+        told = [tag("p", "In no layer were two backends timed under one contract, so there is nothing to choose between.", class_="answer")]
+    hows = {(grid.title, family.device) for family, grid in groups}
+    compared = any(answer.contested(grid) for _, grid in groups)
+    head = ["layer", *(["how, where"] if len(hows) > 1 else []), "tokens", "fastest", "us a call"]
+    head += ["times as fast as the next", "next"] if compared else []
+    roofs = any(point.roofline for _, grid in groups for point in grid.points)
+    head += ["of the roof", "limit"] if roofs else []
+    head += ["doubts"] if any(point.flags for _, grid in groups for point in grid.points) else []
+    rows: list[list[Child]] = []
+    for family, grid in groups:
+        for stretch in answer.stretches(grid):
+            times = [win.best.slowest_us for win in stretch.wins]
+            row: list[Child] = [_layer(family)]
+            row += [f"{grid.title}, {family.device}"] if len(hows) > 1 else []
+            names = [tag("strong", name) for name in stretch.names]
+            alone = not stretch.tie and not stretch.runners_up
+            fastest: Child = [f"{TIE} tie: ", commas(names)] if stretch.tie else f"{stretch.names[0]} (alone)" if alone else names
+            row += [stretch.tokens, fastest, _span(times, us)]
+            row += [stretch.lead, listed(stretch.runners_up) if stretch.runners_up else ""] if compared else []
+            row += [_span(stretch.roof_shares, percent), listed(stretch.limiters) if stretch.limiters else ""] if roofs else []
+            row += [flag_links(stretch.flags)] if "doubts" in head else []
+            rows.append(row)
+    left = [column for column, name in enumerate(head) if name in ("layer", "how, where", "fastest", "next", "limit", "doubts")]
+    note = (
+        "A tie: the 95 % intervals of the medians overlap, so this run does not tell the backends apart. "
+        "Neighbouring token counts with one outcome are one line; between them nothing was measured."
+    )
+    single = all(record.round == 0 for record in records)
+    within = " Intervals are of one process; fresh processes of the same code differ by a little more (sweep --rounds)." if single else ""
+    dagger = f" Rows marked {DAGGER} below do not describe a kernel and are not compared." if _daggers(groups) else ""
+    return [
+        *told,
+        table(head, rows, caption="The fastest backend of each layer", left=left, class_="wrap"),
+        tag("p", note, within, dagger, class_="note"),
+    ]
+
+
+def _times(grids: Sequence[tuple[Family, Grid, Sequence[Figure]]], baseline: str | None, draw: Draw) -> list[Html]:
+    left, blocks = MOST_FIGURES, [_legend()]
+    for family, grid, drawn in grids:
+        shown = drawn if len(drawn) <= left else ()
+        left -= len(shown)
+        how = "; ".join(grid.l2_methods)
+        cell = f" Each cell: {family.which_rank}." if family.which_rank else ""
+        subtitle = f"{family.device} ({family.arch}); {grid.title}{f' ({how})' if how else ''}.{cell}"
+        blocks += [tag("h3", family.name), tag("p", subtitle, class_="how")]
+        blocks += _folded([_figure(figure, draw) for figure in shown], fold=len(grids) > MANY)
+        if drawn and not shown:
+            blocks.append(tag("p", f"No figures here: a page has at most {MOST_FIGURES}. The tables are complete.", class_="note"))
+        notes = [tag("li", f"{backend}: {note}") for backend, note in grid.notes]
+        blocks += [tag("ul", notes, class_="note")] if notes else []
+        tables = [_time_table(grid), *_speed_ups(grid, baseline), *_roof_shares(grid), *_stages(grid), *_routing(family)]
+        blocks.append(tag("details", tag("summary", "The numbers"), tables, open=not shown))
+    return blocks if grids else []
+
+
+def _folded(shown: Sequence[Html], *, fold: bool) -> list[Html]:
+    """All of them, or the first and the others behind a word."""
+    if not fold or len(shown) < 2:
+        return list(shown)
+    return [shown[0], tag("details", tag("summary", "More figures"), shown[1:])]
+
+
+def _legend() -> Html:
+    return tag(
+        "p",
+        "Microseconds, median of all samples. ",
+        tag("strong", "Bold", class_="best"),
+        f" is fastest; {TIE} ties with it, their 95 % intervals overlap; {DAGGER} does not describe the kernel, so it is never called "
+        f"fastest; {FLAGGED} has a reason to doubt it, below.",
+        class_="note",
+    )
+
+
+def _figure(figure: Figure, draw: Draw) -> Html:
+    notes = [tag("span", note, class_="note") for note in figure.notes]
+    caption = tag("figcaption", tag("strong", figure.title), tag("span", figure.finding), notes)
+    return tag("figure", caption, draw(figure), id=f"figure-{figure.name}")
+
+
+def _time_table(grid: Grid) -> Html:
+    floors = any(point.roofline for point in grid.points)
+    head: list[Child] = ["tokens", *map(breakable, grid.backends), *(["floor"] if floors else [])]
+    rows: list[list[Child]] = []
+    for tokens, row in grid.rows.items():
+        least = [point.roofline.floor_us for point in row.values() if point.roofline]
+        rows.append([str(tokens), *(_cell(row[name]) for name in grid.backends), *([us(min(least)) if least else ""] if floors else [])])
+    return table(head, rows, caption=f"Microseconds a call, {grid.title}")
+
+
+def _cell(point: Point) -> Html | str:
+    if point.mark == "fastest":
+        return tag("strong", point.text, class_="best")
+    return tag("span", f"{TIE} {point.text}", class_="tie") if point.mark == "tie" else point.text
+
+
+def _speed_ups(grid: Grid, baseline: str | None) -> list[Html]:
+    base = grid.base(baseline)
+    names = [name for name in grid.backends if name != base]
+    rows = [[str(tokens), *(grid.speed_up(tokens, name, base) for name in names)] for tokens in grid.rows]
+    kept = [row for row in rows if any(row[1:])]
+    return [table(["tokens", *map(breakable, names)], kept, caption=f"Times as fast as {base}")] if kept else []
+
+
+def _roof_shares(grid: Grid) -> list[Html]:
+    """Share of the roof by backend, and which roof it is."""
+    rows = []
+    for tokens, row in grid.rows.items():
+        limits = dict.fromkeys(str(point.roofline.limiter) for point in row.values() if point.roofline)
+        shares = [percent(share) if (share := row[name].roof_share) is not None else "" for name in grid.backends]
+        if any(shares):
+            rows.append([str(tokens), *shares, listed(list(limits))])
+    head: list[Child] = ["tokens", *map(breakable, grid.backends), "limit"]
+    return [table(head, rows, caption="Share of the roof: least time over measured time", left=[len(head) - 1])] if rows else []
+
+
+def _stages(grid: Grid) -> list[Html]:
+    """Where a call's time goes, for those whose stages were timed one by one: the slowest rank of each point."""
+    timed = [(tokens, point.backend, stages) for tokens, row in grid.rows.items() for point in row.values() if (stages := point.stages_us)]
+    names = list(dict.fromkeys(name for _, _, stages in timed for name in stages))
+    rows = [[str(tokens), backend, *(us(stages[name]) if name in stages else "" for name in names)] for tokens, backend, stages in timed]
+    return [table(["tokens", "backend", *names], rows, caption="Microseconds of each stage of a call", left=[1])] if rows else []
+
+
+def _routing(family: Family) -> list[Html]:
+    """What the cases really routed; the same for every backend, so it is shown once."""
+    found: dict[int, dict[tuple[int, int], Record]] = defaultdict(dict)
+    for record in family.records:
+        if record.routing is not None:
+            found[record.case.num_tokens].setdefault((record.case.tp_rank, record.case.ep_rank), record)
+    rows = []
+    for tokens, ranks in sorted(found.items()):
+        routings = [record.routing for record in ranks.values() if record.routing]
+        active, pairs = [float(r.active_experts) for r in routings], [float(r.local_pairs) for r in routings]
+        rows.append([str(tokens), _span(active, _whole), _span(pairs, _whole), f"{routings[0].load_max_over_mean:.2f}"])
+    caption = f"Routing over {count(family.case.num_local_experts, 'local expert')}"
+    return [table(["tokens", "active experts", "token-expert pairs", "load, max / mean"], rows, caption=caption)] if rows else []
+
+
+def _ranks(ranks: Sequence[tuple[Imbalance, Sequence[Figure]]], draw: Draw) -> list[Html]:
+    blocks: list[Html] = []
+    for found, drawn in ranks:
+        blocks += [tag("h3", f"{found.title}, {found.backend}"), tag("p", f"{found.family.device}; {found.grid.title}.", class_="how")]
+        blocks += [_figure(figure, draw) for figure in drawn]
+        rows: list[list[Child]] = []
+        for size, points in found.sizes.items():
+            for tokens, point in points.items():
+                slowest = point.timed[0].case
+                routing = point.timed[0].rounds[0].routing
+                work: Sequence[int] = routing.pairs_per_rank if routing else ()
+                rows.append(
+                    [
+                        f"EP {size}",
+                        str(tokens),
+                        us(point.slowest_us),
+                        rank_name(slowest, slowest.tp_rank, slowest.ep_rank),
+                        us(point.mean_us),
+                        f"{balancedness(point):.2f}",
+                        f"{sum(work) / len(work) / max(work):.2f}" if work and max(work) else "",
+                        str(sum(not pairs for pairs in work)) if work else "",
+                    ]
+                )
+        head = [
+            "EP size",
+            "tokens",
+            "slowest us",
+            "which",
+            "mean us",
+            "balancedness of time",
+            "of token-expert pairs",
+            "ranks without work",
+        ]
+        tables = table(head, rows, caption="Ranks: the layer waits for the slowest", left=(0, 3))
+        blocks.append(tag("details", tag("summary", "The numbers"), tables, open=not drawn))
+    note = (
+        "Balancedness is the mean of the ranks over the slowest: 1 where all take equally long. Each rank's slice was computed with the "
+        "tokens it really gets; communication between ranks is not in these times."
+    )
+    return [*blocks, tag("p", note, class_="note")] if blocks else []
+
+
+def _numerics(records: Sequence[Record], drawn: Sequence[Figure], draw: Draw) -> list[Html]:
+    """Worst error of each backend over all its cases, and where it was."""
+    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.error is not None:
+            found[record.backend, record.act_dtype, record.arch].append(record)
+    rows = []
+    for (backend, act_dtype, arch), group in found.items():
+        errors = [(record.error, record.case.label) for record in group if record.error]
+        rel, rel_at = max(errors, key=lambda item: item[0].rel_l2)
+        worst, worst_at = max(errors, key=lambda item: item[0].worst)
+        where = f"{worst_at}, token {worst.worst_token}, column {worst.worst_column}"
+        shares = f"{error(rel.rel_l2)} / {error(rel.rel_l2_tolerance)}", f"{error(worst.worst)} / {error(worst.worst_tolerance)}"
+        rows.append([backend, act_dtype, arch, str(len(group)), shares[0], rel_at, shares[1], where])
+    if not rows:
+        return []
+    note = (
+        "Distance of each output from the reference of the same activation format. An element's error is relative to its own size, "
+        "the rms of its token or the rms of its column, whichever is largest. A row above a tolerance is wrong and has no time."
+    )
+    head = ["backend", "activations", "arch", "cases", "relative L2 / tolerance", "at", "worst element / tolerance", "at"]
+    shown = [_figure(figure, draw) for figure in drawn]
+    return [*shown, table(head, rows, caption="Largest errors of each backend", left=(0, 1, 2, 5, 7)), tag("p", note, class_="note")]
+
+
+def _flags(records: Sequence[Record]) -> list[Html]:
+    """Each flag once with its meaning, then what it says of each row."""
+    blocks = []
+    for name, group in flagged(records).items():
+        known = FLAGS.get(name)
+        told = [tag("p", known.meaning, " ", tag("em", known.remedy))] if known else []
+        rows = [
+            [record.backend, record.case.label, us(record.median_us) if record.median_us else "", record.flags[name]] for record in group
+        ]
+        inner = table(["backend", "case", "us a call", "why"], rows, caption=f"Rows with the flag {name}", left=(0, 1, 3))
+        shown = tag("details", tag("summary", count(len(group), "row")), inner, open=len(group) <= 5)
+        blocks.append(tag("div", tag("h3", name, " ", tag("span", FLAGGED, class_="mark")), told, shown, id=f"flag-{slug(name)}"))
+    if blocks or not any(record.timing for record in records):
+        return blocks
+    able = [record for record in records if record.timing and record.contract]
+    if not able:
+        return [tag("p", "These records were written before rows were checked for reasons to doubt them.")]
+    return [tag("p", f"None: no timed row carries a flag. Looked for: {', '.join(FLAGS)}.")]
+
+
+def _sensors(records: Sequence[Record]) -> list[Html]:
+    """What the GPU's own sensors said over the rows of each backend; nothing where no row was watched."""
+    found: dict[str, list[Telemetry]] = defaultdict(list)
+    for record in records:
+        if record.telemetry is not None and record.timing is not None:
+            found[record.backend].append(record.telemetry)
+    rows = []
+    for backend, seen in found.items():
+        clocks = [mhz for one in seen for mhz in (one.sm_mhz[0], one.sm_mhz[2])]
+        reasons = dict.fromkeys(reason for one in seen for reason, share in one.reasons.items() if share)
+        power = _span([one.power_w for one in seen], _whole)
+        hottest = _whole(max(one.temperature_c for one in seen))
+        most = _span([one.max_sm_mhz for one in seen], _whole)
+        rows.append(
+            [backend, str(len(seen)), _span(clocks, _whole), most, power, _whole(seen[0].power_limit_w), hottest, ", ".join(reasons)]
+        )
+    head = ["backend", "rows", "SM clock, MHz", "it may reach", "mean power, W", "limit, W", "highest, C", "clock event reasons"]
+    return [table(head, rows, caption="What the GPU's sensors said while rows were timed", left=(0, 7))] if rows else []
+
+
+def _phases(records: Sequence[Record]) -> list[Html]:
+    """Where the workers' time went, over all rows of a backend."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        found[record.backend].update(record.phases_s)
+    names = list(dict.fromkeys(name for spent in found.values() for name in spent))
+    rows = [[backend, *(f"{spent[name]:.1f}" if name in spent else "" for name in names)] for backend, spent in found.items() if spent]
+    inner = table(["backend", *names], rows, caption="Seconds that workers spent, by phase")
+    return [tag("details", tag("summary", "Where the run's time went"), inner)] if rows else []
+
+
+def _left_out(records: Sequence[Record]) -> list[Html]:
+    rows = [
+        [group[0].status, str(len(group)), group[0].reason, listed(list(dict.fromkeys(r.backend for r in group))), group[0].case.label]
+        for group in [*by_reason(not_ok(records)), *by_reason(skipped(records))]
+    ]
+    head = ["status", "rows", "reason", "backends", "such as"]
+    return [table(head, rows, caption="Rows without a time, by reason", left=(0, 2, 3, 4))] if rows else []
+
+
+def _tuning(records: Sequence[Record]) -> list[Html]:
+    rows = [
+        [
+            setback.tuned.backend,
+            setback.tuned.case.label,
+            us(setback.tuned.median_us or 0.0),
+            us(setback.untuned.median_us or 0.0),
+            ratio(setback.ratio),
+        ]
+        for setback in setbacks(records)
+    ]
+    caption = f"Slower tuned than untuned by more than {(NOTABLE - 1) * 100:.0f} %"
+    return [table(["backend", "case", "tuned us", "untuned us", "tuned / untuned"], rows, caption=caption, left=(0, 1))] if rows else []
+
+
+def _what_ran(records: Sequence[Record]) -> list[Html]:
+    """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
+    kernels: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    facts: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.kernels:
+            counts: Counter[str] = Counter()
+            for kernel in record.kernels:
+                counts[kernel_name(kernel.name)] += kernel.count
+            kernels[record.backend, ", ".join(name + (f" x{number}" if number > 1 else "") for name, number in counts.items())].append(
+                record
+            )
+        if record.facts:
+            values = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record.facts.items())
+            facts[record.backend, ", ".join(f"{name}={value}" for name, value in values)].append(record)
+    blocks = []
+    for what, found in (("Kernels that one call launched", kernels), ("What backends say of themselves", facts)):
+        rows = [[backend, told, str(len(group)), group[0].case.label] for (backend, told), group in found.items()]
+        inner = table(["backend", "", "rows", "such as"], rows, caption=what, left=(0, 1, 3), class_="words")
+        blocks += [tag("details", tag("summary", f"{what} ({len(rows)})"), inner)] if rows else []
+    return blocks
+
+
+def _provenance(runs: Sequence[Run], records: Sequence[Record]) -> list[Html]:
+    """Which code and plan made the numbers, and what each contract means."""
+    blocks = []
+    rows: list[list[Child]] = []
+    for run in runs:
+        manifest = run.manifest
+        schemas = ", ".join(dict.fromkeys(record.schema for record in run.records)) or manifest.schema
+        rows.append([manifest.run_id, manifest.plan_hash, schemas, manifest.versions.get("moebench", ""), str(len(run.records))])
+    head = ["run", "plan", "schema", "moebench", "records"]
+    blocks.append(table(head, rows, caption="Runs", left=(0, 1, 2, 3)))
+    meanings: list[list[Child]] = []
+    for contract_id, group in contracts(records).items():
+        contract, timing = group[0].contract, group[0].timing
+        if contract is not None:
+            told = [
+                ("scope", contract.scope),
+                ("inside", contract.inside),
+                ("clock", contract.clock),
+                ("L2", contract.l2 or "no GPU cache involved"),
+            ]
+            told += [
+                ("L2 by", contract.l2_method),
+                ("warm-up", contract.warmup),
+                ("ranks", contract.rank_aggregate),
+                ("right if", contract.reference),
+            ]
+        else:
+            told = [
+                ("written by schema 1.0, without a contract; clock", timing.clock if timing else ""),
+                ("L2", str(timing.l2) if timing else ""),
+            ]
+        meanings.append([tag("code", contract_id), "; ".join(f"{name}: {value}" for name, value in told), str(len(group))])
+    if meanings:
+        caption = "Contracts: what a time means. Times under two contracts are never compared."
+        blocks.append(table(["contract", "meaning", "rows"], meanings, caption=caption, left=(0, 1), class_="words"))
+    roofs = Counter(
+        (r.device, r.roofline.bandwidth_bytes_s, r.roofline.flop_s, r.act_dtype, r.roofline.source)
+        for r in records
+        if r.roofline is not None
+    )
+    shown = [
+        [device, f"{bandwidth / 1e12:.2f}", f"{flop_s / 1e12:.0f}", act_dtype, source, str(number)]
+        for (device, bandwidth, flop_s, act_dtype, source), number in roofs.items()
+    ]
+    if shown:
+        blocks.append(table(["device", "TB/s", "TFLOP/s", "activations", "from", "rows"], shown, caption="Roofs", left=(0, 3, 4)))
+    return blocks if runs else []
+
+
+def _layer(family: Family) -> str:
+    return f"{family.name} ({family.which_rank})" if family.which_rank else family.name
+
+
+def _span(values: Sequence[float] | None, text: Callable[[float], str]) -> str:
+    """`3` or `3 to 5`; empty without values."""
+    if not values:
+        return ""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _daggers(groups: Iterable[tuple[Family, Grid]]) -> bool:
+    return any(point.timed and not point.describes_kernel for _, grid in groups for point in grid.points)
