@@ -1,0 +1,57 @@
+"""Prints the table of docs/ci.md, and how long a gate over 1,000 cells and 12 rounds takes: python tests/bench_gate.py."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moebench.gate_simulation import survey  # noqa: E402
+from moebench.journal import Run, load_run  # noqa: E402
+from moebench.verdict import judge  # noqa: E402
+from tests import rounds  # noqa: E402
+
+CELLS, ROUNDS = 1000, 12
+
+
+def table() -> None:
+    for noise, slowdown, rates in survey():
+        found = f"{rates.found:.1%}" if slowdown else ""
+        shares = (found, f"{rates.false_alarm:.1%}", f"{rates.green:.1%}", f"{rates.no_verdict:.1%}")
+        row = (noise.name, f"{100 * slowdown:g} %" if slowdown else "none", *(share.replace("%", " %") for share in shares))
+        sys.stdout.write("| " + " | ".join(row) + " |\n")
+
+
+def made(path: Path, seed: int) -> Path:
+    draw = random.Random(seed)
+    rounds.run(path, rounds.rows(CELLS, ROUNDS, lambda c, n: (50 + c) * draw.gauss(1, 0.002), run_id=path.name, samples=60))
+    return path
+
+
+def seconds_of_a_gate(home: Path) -> None:
+    paths = made(home / "base", 1), made(home / "candidate", 2)
+    start = time.perf_counter()
+    runs: list[Run] = [load_run(path) for path in paths]
+    loaded = time.perf_counter()
+    judge(*runs)
+    judged = time.perf_counter()
+    code = "from moebench.commands.gate import gate; gate()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, paths)], cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, check=False
+    ).returncode
+    ended = time.perf_counter()
+    sys.stdout.write(f"{CELLS} cells, {ROUNDS} rounds, {2 * CELLS * ROUNDS} records: {loaded - start:.2f} s to load two runs, ")
+    sys.stdout.write(f"{judged - loaded:.2f} s to judge, {ended - judged:.2f} s for the command (exit status {done})\n")
+
+
+if __name__ == "__main__":
+    table()
+    with tempfile.TemporaryDirectory() as directory:
+        seconds_of_a_gate(Path(directory))
