@@ -1,0 +1,46 @@
+"""What ptxas makes of every variant of the Hopper kernel, compiled here for a GPU that is not here."""
+
+import pytest
+
+from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, variants
+from moebench.kernels.hopper_mxfp4_bf16_details.shape import SHARED_BYTES
+
+if not compilers():
+    pytest.skip("no CUDA compiler: neither nvcc nor cuda-bindings with NVRTC is installed", allow_module_level=True)
+if disassembler() is None:
+    pytest.skip("no nvdisasm: neither a CUDA toolkit nor triton is installed", allow_module_level=True)
+
+REGISTERS = 128  # 65536 over 416 threads, of which each quarter of a multiprocessor has up to 4 warps
+LOOP_LIMIT = 2.1  # instructions for a weight: 10 of every 8 weights expand them, scales take 2, the rest loads, waits and multiplies
+
+
+@pytest.fixture(scope="module", params=compilers())
+def compiled(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))  # this is to see the compiler run
+        return [compile_one(variant, request.param) for variant in variants()]
+
+
+def test_no_main_loop_spills_and_elsewhere_it_is_little(compiled):
+    for kernel in compiled:
+        assert kernel.registers <= REGISTERS, kernel
+        assert kernel.loop_spill_instructions == 0, kernel
+        if not kernel.variant.outliers:  # their function takes its sums by address
+            assert kernel.stack_bytes <= (32 if kernel.variant.columns == 32 else 0), kernel
+
+
+def test_blocks_fit_on_a_multiprocessor(compiled):
+    for kernel in compiled:
+        assert kernel.shared_bytes <= SHARED_BYTES, kernel
+
+
+def test_products_are_fp8_of_a_warpgroup_and_wait_once_a_stage(compiled):
+    for kernel in compiled:
+        assert kernel.mma_kinds == {"QGMMA": kernel.variant.sizes.stage.columns // 32}, kernel
+        assert kernel.waits == 1, kernel
+
+
+def test_main_loops_stay_as_short_as_they_are(compiled):
+    for kernel in compiled:
+        narrow = kernel.variant.sizes.stage.columns < 320  # the same waits for fewer weights
+        assert 1.5 < kernel.loop_instructions_per_weight < (2.6 if narrow else LOOP_LIMIT), kernel
