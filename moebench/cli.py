@@ -9,7 +9,11 @@ import click
 from moebench import __version__
 
 # In the order of a first acquaintance; `moebench X` is the function X in moebench/commands/X.py.
-COMMANDS = ("sweep", "report", "backends", "prebuild")
+COMMANDS = (
+    *("sweep", "report", "compare", "policy", "export", "backends", "profile"),
+    *("gate", "ab", "baseline"),
+    *("doctor", "selfcheck", "calibrate", "prebuild", "soak", "fsck"),
+)
 
 
 class _Commands(click.Group):

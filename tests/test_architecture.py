@@ -13,14 +13,16 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
-    {"case", "mx"},
+    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags"},
     {"routing", "device"},
     {"record", "problem"},
-    {"journal", "plan"},
-    {"backend"},
-    {"check", "timing", "trace", "roofline", "flags", "telemetry"},
-    {"reference", "kernels", "reports", "registry"},
-    {"worker", "prebuild", "calibrate", "doctor", "profile", "selfcheck"},
+    {"journal", "plan", "failure", "timeline", "rotation", "router"},
+    {"backend", "child", "probe", "compare"},
+    {"check", "timing", "trace", "roofline", "flags", "telemetry", "crossover", "gate"},
+    {"verdict", "gate_simulation"},
+    {"reference", "kernels", "reports", "registry", "machine", "simulated", "baselines"},
+    {"trial", "capture", "prebuild", "calibrate", "doctor", "profile", "soak", "api", "ab"},
+    {"worker", "selfcheck"},
     {"sweep"},
     {"commands"},
     {"cli"},
@@ -30,13 +32,19 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MAY_ALSO = {("registry", "kernels"), ("registry", "reference")}  # lists the packages, uses none of their modules
 ONLY = {
     "plan": {"case", "record", "routing"},
-    "sweep": {"case", "device", "flags", "plan", "record", "roofline", "telemetry"},  # the worker is a process to it
-    "reports": {"case", "device", "flags", "journal", "record", "routing", "reports"},
+    "sweep": {"case", "child", "device", "failure", "flags", "plan", "record", "telemetry"},  # the worker is a process to it
+    "reports": {
+        *("case", "compare", "crossover", "device", "flags", "gate", "journal", "record", "reports", "roofline", "routing"),
+        *("serving_flags", "timeline", "verdict"),
+    },
     "worker": set(RANK) - {"kernels", "reports", "plan"},
+    "gate": set(),  # numbers in, verdicts out
+    "policy_lookup": set(),  # a file that others copy
 }
 NEVER_TORCH = {
     *("case", "routing", "record", "journal", "plan", "backend", "registry", "reports", "prebuild", "sweep", "commands", "cli", "__main__"),
-    *("roofline", "flags", "telemetry", "doctor", "profile"),
+    *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
+    *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
 }
 
 

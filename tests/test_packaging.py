@@ -67,7 +67,16 @@ def test_wheel_holds_every_source_file_inside_moebench_and_nothing_else(wheel):
 def test_base_install_brings_no_vendor_kernels(wheel):
     metadata = HeaderParser().parsestr(ZipFile(wheel).read(f"{INFO}/METADATA").decode())
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert sorted(line.split(";")[0].strip() for line in required) == ["click", "numpy", "nvtx", "rich", "torch", "triton"]
+    assert sorted(line.split(";")[0].strip() for line in required) == [
+        "click",
+        "matplotlib",
+        "numpy",
+        "nvtx",
+        "pandas",
+        "rich",
+        "torch",
+        "triton",
+    ]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "moebench = moebench.cli:main" in ZipFile(wheel).read(f"{INFO}/entry_points.txt").decode()
 
@@ -90,10 +99,26 @@ def test_every_pinned_tool_is_the_one_the_settings_name():
     assert len({line.split("==")[0].lower() for line in pins}) == len(pins)
 
 
-def test_the_readme_shows_the_options_there_are_and_no_others():
-    options = {text for command in main.commands.values() for option in command.params for text in option.opts if text.startswith("--")}
-    foreign = {"--trace", "--cuda-graph-trace"}  # of nsys
-    assert set(re.findall(r"--[a-z][a-z0-9-]+", (ROOT / "README.md").read_text())) - foreign == options
+COMMANDS = {name: main.get_command(None, name) for name in main.list_commands(None)}
+
+
+def options(command):
+    """Of a command, and of those below it."""
+    below = [name for one in getattr(command, "commands", {}).values() for name in options(one)]
+    return {"--help", *(text for option in command.params for text in option.opts), *below}
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_a_document_shows_no_option_that_is_not_there(document):
+    for line in document.read_text().splitlines():
+        if shown := re.match(r"\s+moebench ([a-z]+) ([^#|;&]*)", line):
+            wrong = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", shown[2])) - options(COMMANDS[shown[1]])
+            assert not wrong, line
+
+
+def test_the_readme_shows_every_command():
+    shown = set(re.findall(r"\bmoebench ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert set(COMMANDS) <= shown
 
 
 @pytest.fixture(scope="module")
