@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from itertools import pairwise
 from statistics import fmean, median, quantiles
 from typing import Literal, get_args
@@ -153,8 +154,13 @@ class Contract:
 
     @property
     def id(self) -> str:
-        content = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return _contract_id(self)
+
+
+@cache  # a run has a handful, in thousands of records
+def _contract_id(contract: Contract) -> str:
+    content = json.dumps(asdict(contract), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,3 +184,56 @@ def test_memory_of_a_point_is_at_least_its_weights(model):
 def test_a_case_with_impossible_numbers_cannot_be_made(changes, part):
     with pytest.raises(ValueError, match=part):
         case("gpt-oss-20b", **{"num_tokens": 1, **changes})
+
+
+def made_of(**timing):
+    return build({"tokens": "1,2", "backend": "torch,numpy,triton_mxfp4_bf16"}, None, timing, BACKENDS, str)
+
+
+def test_each_round_has_every_point_once_and_its_own_order():
+    plan = made_of(rounds=12)
+    orders = {}
+    for number, points in plan.groups():
+        assert len({(point.case.layer_key, point.backend) for point in points}) == 1  # a group is one process
+        orders.setdefault(number, []).extend(points)
+    assert list(orders) == list(range(12))
+    assert all(sorted(map(str, points)) == sorted(map(str, plan.points)) for points in orders.values())
+    assert len({tuple(point.backend for point in points) for points in orders.values()}) > 1
+
+
+def test_the_order_is_that_of_its_seed():
+    def order(seed):
+        return [points[0].backend for _, points in made_of(rounds=6, order_seed=seed).groups()]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+def test_what_changes_a_time_changes_the_hash():
+    plans = [made_of(), made_of(rounds=2), made_of(scope="layer"), made_of(l2="hot"), made_of(order_seed=1)]
+    assert len({plan.hash for plan in plans}) == len(plans)
+    assert all(Plan.from_dict(plan.to_dict()).hash == plan.hash for plan in plans)
+
+
+def test_a_file_says_how_to_time_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "p.toml"
+    file.write_text('[[sweep]]\ntokens = 1\n[timing]\nscope = "layer"\nrounds = 3\nl2 = "hot"\norder_seed = 7\n')
+    found = build({}, str(file), {"rounds": 5, "l2": None}, BACKENDS, str)
+    assert (found.scope, found.rounds, found.l2, found.order_seed) == ("layer", 5, "hot", 7)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("rounds = 0", "timing.rounds = 0: give a whole number, 1 to 1000"),
+        ("rounds = true", "timing.rounds = True: give a whole number"),
+        ('scope = "server"', 'timing.scope = \'server\': give "experts" or "layer"'),
+        ("order_seed = -1", "timing.order_seed = -1: give a whole number"),
+        ("round = 3", "timing.round: unknown key; did you mean 'rounds'?"),
+    ],
+)
+def test_a_wrong_timing_is_refused_in_words(tmp_path, line, sentence):
+    file = tmp_path / "p.toml"
+    file.write_text(f"[[sweep]]\ntokens = 1\n[timing]\n{line}\n")
+    (error,) = errors(str(file))
+    assert error.startswith(sentence)

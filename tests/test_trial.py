@@ -1,6 +1,7 @@
 """What a trial makes of a profiler's events, and of a call that is right until its tokens change."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from moebench.case import case
 from moebench.device import Device
 from moebench.problem import make_layer
-from moebench.record import Record
+from moebench.record import Record, Timing
 from moebench.reference.torch_experts import experts as reference
+from moebench.routing import assign, realized
 from moebench.timeline import Event
 from moebench.trial import Batch, Copies, Trial, kernels_of_a_call, reseeded, stages
 
@@ -83,10 +85,31 @@ def test_a_call_that_repeats_an_old_answer_is_wrong_after_timing(scope):
     assert found.timing is None
 
 
+def test_a_time_that_physics_does_not_allow_is_refused():
+    point = case("gpt-oss-20b", 1024)
+    slow = Device(arch="sm90", name="a GPU of 1 MHz", torch="cuda:0", memory_bytes=1, num_sms=132, clock_mhz=1)
+    trial = Trial(
+        backend=Once(0),
+        device=slow,
+        copies=None,
+        layer_checksum=0,
+        l2="cold",
+        scope="experts",
+        repeat_check=0,
+        phase=contextlib.nullcontext,
+        block=contextlib.nullcontext,
+    )
+    blank = Record(case=point, backend="once", act_dtype="bf16", arch="sm90", device=slow.name, status="failed")
+    timing = Timing(samples_us=(10.0,), clock="cuda_graph", l2="cold", l2_method="", warmup_calls=0)
+    found = trial._judged(replace(blank, timing=timing, routing=realized(point, assign(point))))
+    assert (found.status, found.timing) == ("too_fast", None)
+    assert "10.00 us is impossible" in found.reason
+    hours = replace(timing, samples_us=(1e10,))
+    assert trial._judged(replace(blank, timing=hours, routing=realized(point, assign(point)))).status == "ok"
+
+
 @pytest.mark.parametrize("scope", ["experts", "layer"])
 def test_a_batch_is_refilled_in_place_and_routes_like_a_new_one(scope):
-    from moebench.routing import assign
-
     point = case("tiny", 5)
     batch = Batch(point, "cpu", assign(point), scope)
     address = batch.routed().hidden_states.data_ptr()
