@@ -19,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, BinaryIO
 
 from moebench.device import Device, detect
+from moebench.leash import send, serve
 from moebench.record import Timing
 from moebench.roofline import Rate, Roofs, RoofsError, roofs_from_dict, roofs_to_dict
 
@@ -106,10 +107,10 @@ def main(pipe: BinaryIO) -> None:
     """The child."""
     device = detect()
     if device.torch is None:
-        _send(pipe, {"failed": "torch is not installed, and it is what measures; install it with: pip install torch"})
+        send(pipe, {"failed": "torch is not installed, and it is what measures; install it with: pip install torch"})
         return
-    roofs = calibrate(device, lambda what: _send(pipe, {"progress": what}))
-    _send(pipe, {"roofs": roofs_to_dict(roofs)})
+    roofs = calibrate(device, lambda what: send(pipe, {"progress": what}))
+    send(pipe, {"roofs": roofs_to_dict(roofs)})
 
 
 def _calibrate_gpu(device: Device, tell: Tell) -> Roofs:
@@ -247,11 +248,5 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame, allow_nan=False).encode() + b"\n")
-    pipe.flush()
-
-
 if __name__ == "__main__":
-    with open(int(sys.argv[1]), "wb") as opened:  # noqa: PTH123  a file descriptor
-        main(opened)
+    serve(main)

@@ -22,7 +22,7 @@ from moebench import registry
 from moebench.backend import Experts
 from moebench.case import Case
 from moebench.device import Device, detect
-from moebench.leash import take
+from moebench.leash import send, take
 from moebench.routing import assign, realized
 from moebench.timeline import Launch, Profile, to_json
 from moebench.trace import operations, stands_aside, timelines
@@ -63,13 +63,13 @@ def main(arguments: list[str]) -> int:
         try:
             capture.run()
         except Refused as refusal:
-            _send(frames, {"refused": str(refusal)})
+            send(frames, {"refused": str(refusal)})
             sys.stderr.write(f"{refusal}\n")
             return 3
         except Exception as error:  # noqa: BLE001  a kernel may raise anything
             traceback.print_exc()
             first = (str(error).strip() or "no message").splitlines()[0][:500]
-            _send(frames, {"refused": f"in phase {capture.phase}: {type(error).__name__}: {first}"})
+            send(frames, {"refused": f"in phase {capture.phase}: {type(error).__name__}: {first}"})
             return 3
     return 0
 
@@ -147,7 +147,7 @@ class Capture:
                 routing=realized(case, assignment),
                 notes=ready.notes,
             )
-            _send(self._frames, {"profile": json.loads(to_json(profile))})
+            send(self._frames, {"profile": json.loads(to_json(profile))})
 
     def _leave_it_to_the_tool(self, ready: Ready) -> None:
         import torch
@@ -166,7 +166,7 @@ class Capture:
     @contextmanager
     def _in(self, phase: Phase) -> Iterator[None]:
         self.phase = phase
-        _send(self._frames, {"phase": phase})
+        send(self._frames, {"phase": phase})
         with self._range(f"phase|{phase}"):
             yield
 
@@ -248,11 +248,6 @@ def _synchronize(device: Device) -> None:
         import torch
 
         torch.cuda.synchronize()
-
-
-def _send(frames: BinaryIO, frame: dict[str, object]) -> None:
-    frames.write(json.dumps(frame, allow_nan=False, separators=(",", ":")).encode() + b"\n")
-    frames.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The child's side of `moebench.child`: takes its request, and lets the kernel end its whole process group when the parent dies."""
+"""The child's side of `moebench.child`: takes its request, sends frames, and lets the kernel end its group when the parent dies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from typing import BinaryIO
 
 
 def take() -> dict[str, object]:
@@ -27,3 +29,15 @@ def take() -> dict[str, object]:
         if select.select([held], [], [], 0)[0]:  # the parent was gone before the signal was set up
             os.killpg(os.getpgrp(), signal.SIGKILL)
     return request
+
+
+def send(pipe: BinaryIO, frame: Mapping[str, object]) -> None:
+    """One frame is one line of JSON, on a pipe of its own, since libraries print on stdout."""
+    pipe.write(json.dumps(frame, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+    pipe.flush()
+
+
+def serve(main: Callable[[BinaryIO], None]) -> None:
+    """Run main with the pipe whose file descriptor is the first argument of this process."""
+    with open(int(sys.argv[1]), "wb") as pipe:  # noqa: PTH123  a file descriptor
+        main(pipe)

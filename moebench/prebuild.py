@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from moebench import registry
 from moebench.backend import BuildFailed, BuildState, BuildStep, CannotBuild, Prebuilds
+from moebench.leash import send
 
 ROOT = Path(__file__).parents[1]  # so that the child of a bare checkout finds moebench from any working directory
 GRACE_S = 60.0  # for compilers to end and ninja to remove what they left half written
@@ -58,11 +59,11 @@ def main(pipe: BinaryIO, backend: str, archs: Sequence[str], jobs: int | None, d
             others = ", ".join(b.name for b in registry.builtin() if isinstance(b, Prebuilds))
             raise CannotBuild(f"{backend} compiles nothing ahead of time; these do: {others}")
         for news in loaded.prebuild(archs, jobs, dry_run):
-            _send(pipe, {type(news).__name__: asdict(news)})
+            send(pipe, {type(news).__name__: asdict(news)})
     except (CannotBuild, registry.RegistryError) as error:
-        _send(pipe, {"refused": str(error)})
+        send(pipe, {"refused": str(error)})
     except BuildFailed as error:
-        _send(pipe, {"failed": str(error)})
+        send(pipe, {"failed": str(error)})
 
 
 def _received(frame: dict[str, object]) -> BuildStep | BuildState:
@@ -83,11 +84,6 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(wait_s)
-
-
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame).encode() + b"\n")
-    pipe.flush()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
@@ -11,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moebench import leash
+from moebench.leash import send, serve, take
 from moebench.memory import free_bytes
 
 Floats = NDArray[np.float32]
@@ -28,10 +26,10 @@ class Verdict:
 
 
 def main(pipe: BinaryIO) -> None:
-    request = leash.take()
+    request = take()
     on_gpu, needed = bool(request["on_gpu"]), int(str(request["needed_bytes"]))
-    _send(pipe, {"phase": "probe"})
-    _send(pipe, {"verdict": asdict(_gpu(needed) if on_gpu else _cpu())})
+    send(pipe, {"phase": "probe"})
+    send(pipe, {"verdict": asdict(_gpu(needed) if on_gpu else _cpu())})
 
 
 def _cpu() -> Verdict:
@@ -91,11 +89,5 @@ def _ecc() -> tuple[int | None, bool]:
         return None, False
 
 
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame, allow_nan=False).encode() + b"\n")
-    pipe.flush()
-
-
 if __name__ == "__main__":
-    with open(int(sys.argv[1]), "wb") as opened:  # noqa: PTH123  a file descriptor
-        main(opened)
+    serve(main)

@@ -5,8 +5,6 @@ are put to a simulated clock."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from moebench.child import spawn
 from moebench.compare import student_t
 from moebench.device import Device, detect
 from moebench.flags import raised
-from moebench.leash import take
+from moebench.leash import send, serve, take
 from moebench.plan import Plan, Point
 from moebench.record import Record
 from moebench.simulated import CASE, Scenario, SimulatedStopwatch, measured
@@ -320,18 +318,18 @@ def main(pipe: BinaryIO) -> None:
     """The child: says what GPU it has, then does the parts in turn until one fails."""
     parts: list[str] = take()["parts"]  # type: ignore[assignment]
     device = detect()
-    _send(pipe, {"device": asdict(device)})
+    send(pipe, {"device": asdict(device)})
     if not device.is_gpu:
         return
     for part in parts:
-        _send(pipe, {"phase": part})
+        send(pipe, {"phase": part})
         try:
-            rows = _MEASURERS[part](device, lambda what: _send(pipe, {"progress": what}))
+            rows = _MEASURERS[part](device, lambda what: send(pipe, {"progress": what}))
         except Exception as error:  # noqa: BLE001  a driver may raise anything
             traceback.print_exc()
-            _send(pipe, {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"})
+            send(pipe, {"failed": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"})
             return  # the device may be poisoned
-        _send(pipe, {"rows": [{"kind": type(row).__name__, **asdict(row)} for row in rows]})
+        send(pipe, {"rows": [{"kind": type(row).__name__, **asdict(row)} for row in rows]})
 
 
 def _judged(kind: type[R], judge_rows: Callable[[Sequence[R]], Check], rows: Sequence[Row]) -> list[Check]:
@@ -615,11 +613,5 @@ def _rows(told: Sequence[dict[str, object]]) -> Iterator[Row]:
         yield kinds[str(row["kind"])](**values)  # type: ignore[arg-type]
 
 
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame, allow_nan=False).encode() + b"\n")
-    pipe.flush()
-
-
 if __name__ == "__main__":
-    with open(int(sys.argv[1]), "wb") as opened:  # noqa: PTH123  a file descriptor
-        main(opened)
+    serve(main)

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import BinaryIO
 
-from moebench import leash, registry
+from moebench import registry
 from moebench.case import Case
 from moebench.device import detect
 from moebench.failure import of_exception
+from moebench.leash import send, serve, take
 
 INPUTS = 4  # of different seeds: what goes wrong may need a certain routing
 STRETCH_S = 5.0  # between two reports
 
 
 def main(pipe: BinaryIO) -> None:
-    request = leash.take()
+    request = take()
     case = Case(**request["case"])  # type: ignore[arg-type]  # the parent is moebench soak
     phase = ["import"]
 
     def enter(name: str) -> None:
         phase[0] = name
-        _send(pipe, {"phase": name})
+        send(pipe, {"phase": name})
 
     try:
         _run(pipe, enter, str(request["backend"]), case, float(str(request["seconds"])))
     except Exception as error:  # noqa: BLE001  a kernel may raise anything
         traceback.print_exc()
         failure = of_exception(error, phase[0])
-        _send(pipe, {"status": failure.status, "reason": failure.reason})
+        send(pipe, {"status": failure.status, "reason": failure.reason})
 
 
 def _run(pipe: BinaryIO, enter: Callable[[str], None], name: str, case: Case, seconds: float) -> None:
@@ -45,7 +44,7 @@ def _run(pipe: BinaryIO, enter: Callable[[str], None], name: str, case: Case, se
     device = detect()
     backend = registry.load(name)
     if reason := backend.unsupported(case, device):
-        _send(pipe, {"status": "skipped", "reason": reason})
+        send(pipe, {"status": "skipped", "reason": reason})
         return
     deterministic: bool = getattr(backend, "deterministic", True)
     where = device.torch or "cpu"
@@ -61,7 +60,7 @@ def _run(pipe: BinaryIO, enter: Callable[[str], None], name: str, case: Case, se
         want = reference(layer, tokens, backend.act_dtype)
         found = inspect(call, layer, tokens, want, backend.act_dtype, layer_checksum=checksum, deterministic=deterministic)
         if found.status != "ok":
-            _send(pipe, {"status": found.status, "reason": f"before the soak: {found.reason}"})
+            send(pipe, {"status": found.status, "reason": f"before the soak: {found.reason}"})
             return
         expected.append(call(tokens).clone() if deterministic else want)
     launches = mismatches = 0
@@ -80,15 +79,9 @@ def _run(pipe: BinaryIO, enter: Callable[[str], None], name: str, case: Case, se
         reason = reason or stretch.finding.reason
         launches += stretch.launches
         mismatches += stretch.mismatches
-        _send(pipe, {"launches": launches, "mismatches": mismatches, "reason": reason})
-    _send(pipe, {"status": "ok" if not mismatches else "wrong", "reason": reason})
-
-
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame, allow_nan=False).encode() + b"\n")
-    pipe.flush()
+        send(pipe, {"launches": launches, "mismatches": mismatches, "reason": reason})
+    send(pipe, {"status": "ok" if not mismatches else "wrong", "reason": reason})
 
 
 if __name__ == "__main__":
-    with open(int(sys.argv[1]), "wb") as opened:  # noqa: PTH123  a file descriptor
-        main(opened)
+    serve(main)

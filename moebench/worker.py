@@ -5,7 +5,6 @@ Frames are JSON lines on a pipe of their own, since vendor libraries print on st
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from typing import Any, BinaryIO
 
 import nvtx
 
-from moebench import failure, leash, registry
+from moebench import failure, registry
 from moebench.case import Case
 from moebench.device import Device, detect
+from moebench.leash import send, serve, take
 from moebench.memory import free_bytes
 from moebench.record import L2State, Record, Scope, to_json
 
@@ -36,7 +36,7 @@ class Request:
 
 
 def main(pipe: BinaryIO) -> None:
-    request: dict[str, Any] = leash.take()  # our own parent's JSON
+    request: dict[str, Any] = take()  # our own parent's JSON
     cases = [Case(**fields) for fields in request["cases"]]
     if request["op"] == "survey":
         survey(pipe, request["backends"], cases, Device(**request["device"]) if request["device"] else detect())
@@ -47,16 +47,16 @@ def main(pipe: BinaryIO) -> None:
 
 def survey(pipe: BinaryIO, backends: Sequence[str], cases: Sequence[Case], device: Device) -> None:
     """What device this is, and for each backend and case the reason it cannot run, if there is one."""
-    _send(pipe, {"device": asdict(device)})
+    send(pipe, {"device": asdict(device)})
     for name in backends:
         try:
             backend = registry.load(name)
             reasons = [backend.unsupported(case, device) for case in cases]
         except Exception as error:  # noqa: BLE001  a plug-in may raise anything; it must not take the others along
             traceback.print_exc()
-            _send(pipe, {"backend": name, "broken": f"cannot be loaded: {_sentence(error)}"})
+            send(pipe, {"backend": name, "broken": f"cannot be loaded: {_sentence(error)}"})
         else:
-            _send(pipe, {"backend": name, "act_dtype": backend.act_dtype, "unsupported": reasons})
+            send(pipe, {"backend": name, "act_dtype": backend.act_dtype, "unsupported": reasons})
 
 
 class Worker:
@@ -146,13 +146,13 @@ class Worker:
     def _record(self, record: Record) -> None:
         record = replace(record, phases_s=self._spent_s)  # since the record before, so that all of a worker's sum up to its life
         self._spent_s = {}
-        _send(self._pipe, {"record": json.loads(to_json(record))})
+        send(self._pipe, {"record": json.loads(to_json(record))})
 
     @contextmanager
     def _in(self, phase: str) -> Iterator[None]:
         """Announce a phase to the parent, whose deadline it starts, and to profilers."""
         self._phase = phase
-        _send(self._pipe, {"phase": phase})
+        send(self._pipe, {"phase": phase})
         started = perf_counter()
         try:
             with self._range(f"phase|{phase}"):
@@ -193,11 +193,5 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:500]}"
 
 
-def _send(pipe: BinaryIO, frame: dict[str, object]) -> None:
-    pipe.write(json.dumps(frame, allow_nan=False).encode() + b"\n")
-    pipe.flush()
-
-
 if __name__ == "__main__":
-    with open(int(sys.argv[1]), "wb") as opened:  # noqa: PTH123  a file descriptor
-        main(opened)
+    serve(main)
