@@ -96,3 +96,22 @@ def test_two_backends_of_one_name_are_refused_and_both_named(tmp_path):
     assert done.returncode == 2
     assert "clash:backend" in done.stderr
     assert "moebench.reference.torch_experts" in done.stderr
+
+
+def test_the_first_screen_names_every_command_and_imports_none():
+    code = (
+        "import sys; from click.testing import CliRunner; from moebench.cli import main\n"
+        "print(CliRunner().invoke(main, ['--help']).output)\n"
+        "print([name for name in sys.modules if name.startswith('moebench.commands')])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("[]")
+    files = {path.stem for path in (ROOT / "moebench" / "commands").glob("*.py")} - {"__init__", "axes", "outcome", "uncollected"}
+    assert {line.split()[0] for line in shown.splitlines() if line.startswith("  ")} >= files
+    assert all(main.get_command(None, name).name == name for name in files)
+
+
+def test_an_unknown_command_is_answered_with_the_nearest():
+    result = CliRunner().invoke(main, ["swep"])
+    assert result.exit_code == 2
+    assert "no such command: 'swep'; did you mean 'sweep'?" in result.output
