@@ -30,6 +30,11 @@ def _fits(annotation: object) -> Callable[[object], bool]:
     if origin is tuple and arguments[1:] == (...,):
         each = _fits(arguments[0])
         return lambda value: type(value) is tuple and all(map(each, value))
+    if origin is tuple:
+        places = [_fits(one) for one in arguments]
+        return lambda value: (
+            type(value) is tuple and len(value) == len(places) and all(fits(v) for fits, v in zip(places, value, strict=True))
+        )
     if origin in (Union, types.UnionType):
         choices = [_fits(one) for one in arguments]
         return lambda value: any(fits(value) for fits in choices)

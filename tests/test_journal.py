@@ -12,6 +12,7 @@ from zlib import crc32
 import pytest
 from click.testing import CliRunner
 
+from moebench import conform
 from moebench.case import case
 from moebench.cli import main
 from moebench.device import Device
@@ -19,6 +20,7 @@ from moebench.failure import shortage
 from moebench.journal import InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
 from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
 from moebench.routing import Realized
+from tests import rounds
 from tests.running import ENVIRONMENT, ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -293,3 +295,11 @@ def test_a_newer_minor_schema_is_read_without_what_it_added():
     row = json.loads(to_json(RECORD))
     row |= {"schema": "1.999", "surprise": 1, "timing": {**row["timing"], "surprise": 2}}
     assert record_from_dict(row) == replace(RECORD, schema="1.999")
+
+
+def test_a_whole_record_is_known_to_be_good_without_looking_for_a_sentence(monkeypatch):
+    (row,) = list(rounds.rows(1, 1, lambda cell, number: 50.0, run_id="r", samples=60))
+    assert None not in (row.telemetry, row.timing.proof, row.contract)  # it has every part there is
+    monkeypatch.setattr(conform, "_misfit", lambda value, annotation, where: f"{where} was looked at")  # 20 times as slow
+    assert conform.misfit(row, Record, "record") == ""
+    assert conform.misfit(replace(row, round="1"), Record, "record") == "record was looked at"
