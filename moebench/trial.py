@@ -174,6 +174,9 @@ class Trial:
         with self.phase("trace"):
             timing, events = self._cross_checked(timing, watch, batch)
             record = replace(record, timing=timing, kernels=kernels_of_a_call(events, timing.calls_per_region))
+            if record.kernels and timing.span_us is None:
+                told = "none: regions launch different numbers of kernels, and those listed are of several regions"
+                record = replace(record, facts={**record.facts, "cross_check": told})
             if not record.kernels and case.num_tokens:  # ok means right and timed here, not proven to be the backend's own kernels
                 record = replace(record, facts={**record.facts, "kernels": "not traced: another profiler is attached, or it saw none"})
         pattern: str | None = getattr(self.backend, "kernel_pattern", None)
@@ -224,8 +227,8 @@ class Trial:
             return timing, ()
         events = timeline(run)
         each, rest = divmod(len(events), count)
-        if not events or rest:  # regions that launch different numbers of kernels cannot be told apart
-            return timing, events[-each:]
+        if not each or rest:  # regions that launch different numbers of kernels cannot be told apart
+            return timing, events
         calls = timing.calls_per_region
         whole = breakdown([events[-each:]])
         traced_us = start.elapsed_time(stop) * 1e3 / calls

@@ -57,7 +57,7 @@ PROMISES = {  # sentence -> (module, test), ...
     "Only a row whose output was right has a time.": [
         (SWEEP, "test_each_fault_ends_as_its_own_status_and_harms_no_other"),
     ],
-    "Every point is launched up to 300 times (`--repeat-check`) and every output compared, as far as about a second allows; "
+    "Every point is launched up to 300 times (`--repeat-check`) and every output compared, as far as about 0.4 s allow; "
     "`moebench soak BACKEND` does it for minutes.": [
         (SWEEP, "test_each_fault_ends_as_its_own_status_and_harms_no_other"),
         (SWEEP, "test_a_soak_counts_launches_and_those_that_differ"),

@@ -56,7 +56,7 @@ REPORT = "report.html"
     type=click.IntRange(0, 1_000_000),
     default=REPEAT_CHECK,
     show_default=True,
-    help="Launches of each point whose outputs are compared, as far as a second or so allows.",
+    help="Launches of each point whose outputs are compared, as far as about 0.4 s allow.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the expanded plan, its skips and the memory it needs; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document last on stdout; everything else goes to stderr.")
