@@ -1,11 +1,11 @@
-"""Our own CUDA kernel for Hopper: a whole layer in one launch, MXFP4 weights as FP8 and bf16 activations as two FP8 numbers."""
+"""Our own CUDA kernels for Hopper: a layer in one launch, MXFP4 weights as FP8 and bf16 activations as two FP8 numbers, or all in bf16."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from moebench.kernels.hopper_mxfp4_bf16_details.shape import MAX_TOKENS, MAX_TOP_K, SPLIT_ONCE_ABOVE, TILE_ROWS, Sizes, tier_of, variant
+from moebench.kernels.hopper_mxfp4_bf16_details.shape import MAX_TOP_K, TILE_ROWS, Sizes, tier_of, variant
 
 if TYPE_CHECKING:
     from moebench.backend import ActDtype, Experts
@@ -19,7 +19,7 @@ INSTALL = "pip install 'moebench[hopper]', or pip install cuda-bindings nvidia-c
 class HopperMxfp4Bf16:
     name = "hopper_mxfp4_bf16"
     act_dtype: ActDtype = "bf16"
-    kernel_pattern = r"^hopper_mxfp4_bf16$"
+    kernel_pattern = r"^hopper_mxfp4_(bf16|prefill)$"
 
     def unsupported(self, case: Case, device: Device) -> str | None:
         if device.arch != "sm90":
@@ -30,17 +30,13 @@ class HopperMxfp4Bf16:
             return f"top_k={case.top_k} is more than the {MAX_TOP_K} slots the kernel is written for; give at most {MAX_TOP_K}"
         if case.hidden_size % TILE_ROWS:
             return f"hidden_size={case.hidden_size} is not a multiple of {TILE_ROWS}, the rows of a tile; use triton_mxfp4_bf16"
-        if case.num_tokens > MAX_TOKENS:
-            return f"num_tokens={case.num_tokens} is more than the {MAX_TOKENS} that one launch takes; use triton_mxfp4_bf16"
-        if case.num_tokens > max(SPLIT_ONCE_ABOVE, device.num_sms):
-            return f"num_tokens={case.num_tokens} needs as many multiprocessors, and this GPU has {device.num_sms}; use triton_mxfp4_bf16"
         sizes = Sizes(
             hidden=case.hidden_size,
             intermediate=case.local_intermediate_size,
             num_experts=case.num_experts,
             local_experts=case.num_local_experts,
         )
-        if variant(sizes, tier_of(case.num_tokens), h_static=True, outliers=False) is None:
+        if variant(sizes, tier_of(min(case.num_tokens, sizes.few_up_to)), h_static=True, outliers=False) is None:
             return (
                 f"a row of hidden_size={sizes.hidden} or intermediate_size={sizes.intermediate} leaves no room for weights "
                 "in shared memory; use triton_mxfp4_bf16"

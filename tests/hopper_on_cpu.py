@@ -8,28 +8,34 @@ from pathlib import Path
 
 import torch
 
-from moebench.kernels.hopper_mxfp4_bf16_details import launch
+from moebench.kernels.hopper_mxfp4_bf16_details import launch, prefill
 from moebench.kernels.hopper_mxfp4_bf16_details.compiler import SOURCES
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 MISSING = "needs g++ or clang++" if COMPILER is None else "its stack switch is written for x86-64" if platform.machine() != "x86_64" else ""
-SECONDS = 120.0  # until a run counts as stuck
+SECONDS = 200.0  # until a run counts as stuck
+
+
+def compiled(directory, defines, *flags):
+    """The library for these constants, which the directory keeps."""
+    library = Path(directory, "_".join([*flags, *(str(value) for value in defines.values())]) + ".so")
+    if not library.exists():
+        given = [*flags, *(f"-D{name}={value}" for name, value in defines.items())]
+        includes = [f"-I{HERE}", f"-I{SOURCES}"]  # HERE first: its ptx.cuh
+        base = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+        subprocess.run([COMPILER, *base, *includes, *given, str(HERE / "run.cpp"), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_double]
+    return loaded
 
 
 class KernelOnCpu:
-    """One variant. The library is kept in the directory, under the constants it was compiled with."""
+    """One variant of moe.cu."""
 
     def __init__(self, variant, directory):
         self.variant = variant
-        defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
-        library = Path(directory, "_".join(str(value) for value in variant.defines.values()) + ".so")
-        if not library.exists():
-            includes = [f"-I{HERE}", f"-I{SOURCES}"]  # HERE first: its ptx.cuh
-            flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-            subprocess.run([COMPILER, *flags, *includes, *defines, str(HERE / "run.cpp"), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
-        self.library.run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_double]
+        self.library = compiled(directory, variant.defines)
 
     def sizes(self):
         names = ("arguments", "stage", "counters", "shared", "state", "padded_hidden", "padded_intermediate", "passes")
@@ -37,9 +43,31 @@ class KernelOnCpu:
 
     def run(self, prepared, tokens, blocks=2, seed=0):
         """bf16 [M, H]; elements that the kernel does not write are NaN. seed: uneven speeds, and copies that arrive late."""
-        out = torch.full((tokens.num_tokens, prepared.hidden_size), torch.nan, dtype=torch.bfloat16)
+        out = torch.full((tokens.num_tokens, prepared.layer.sizes.hidden), torch.nan, dtype=torch.bfloat16)
         given = launch.arguments(prepared, tokens.hidden_states, tokens.topk_ids, tokens.topk_weights, out)
         if self.library.run(ctypes.addressof(given), blocks, seed, SECONDS):
             raise TimeoutError(f"the kernel waits for ever: {blocks} blocks, seed {seed}, {self.variant}")
         assert not prepared.workspace.counters.any(), "the launch left its counters changed"
+        return out
+
+
+class PrefillOnCpu:
+    """One variant of prefill.cu, with a workspace for so many tokens."""
+
+    def __init__(self, layer, used, columns, tokens, directory):
+        self.layer = layer
+        self.variant = prefill.Variant(sizes=layer.sizes, format=used, columns=columns, outliers=layer.num_outliers > 0)
+        self.workspace = prefill.workspace(layer.sizes, used, tokens, torch.device("cpu"))
+        self.library = compiled(directory, self.variant.defines, "-DPREFILL")
+
+    def sizes(self):
+        names = ("arguments", "stage", "counters", "shared", "state", "padded_hidden", "padded_intermediate", "up_tiles")
+        return {name: self.library.size_of(i) for i, name in enumerate(names)}
+
+    def run(self, tokens, blocks=2, seed=0):
+        out = torch.full((tokens.num_tokens, self.layer.sizes.hidden), torch.nan, dtype=torch.bfloat16)
+        given = prefill.arguments(self.layer, self.workspace, tokens.hidden_states, tokens.topk_ids, tokens.topk_weights, out, blocks)
+        if self.library.run(ctypes.addressof(given), blocks, seed, SECONDS):
+            raise TimeoutError(f"the kernel waits for ever: {blocks} blocks, seed {seed}, {self.variant}")
+        assert not self.workspace.counters.any(), "the launch left its counters changed"
         return out

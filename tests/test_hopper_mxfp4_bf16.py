@@ -13,10 +13,9 @@ from moebench.case import MODELS, case
 from moebench.check import compare
 from moebench.device import Device
 from moebench.kernels.hopper_mxfp4_bf16 import HopperMxfp4Bf16
-from moebench.kernels.hopper_mxfp4_bf16_details import compiler, launch
-from moebench.kernels.hopper_mxfp4_bf16_details.layout import fragment_rows, pack
+from moebench.kernels.hopper_mxfp4_bf16_details import compiler, launch, prefill
+from moebench.kernels.hopper_mxfp4_bf16_details.layout import gate_up_rows, pack
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import (
-    MAX_TOKENS,
     SHARED_BYTES,
     STAGES,
     TIERS,
@@ -26,13 +25,15 @@ from moebench.kernels.hopper_mxfp4_bf16_details.shape import (
     tier_of,
     variant,
 )
+from moebench.kernels.hopper_mxfp4_bf16_details.weights import pack_layer
 from moebench.mx import Mxfp4, dequantize_mxfp4
 from moebench.problem import Swiglu, Tokens, make_layer, make_tokens
 from moebench.reference.torch_experts import experts as reference
-from tests.hopper_on_cpu import MISSING, KernelOnCpu
+from tests.hopper_on_cpu import MISSING, KernelOnCpu, PrefillOnCpu
 
 BACKEND = HopperMxfp4Bf16()
 H200 = Device(arch="sm90", name="NVIDIA H200", torch="cuda:0", memory_bytes=1 << 37, num_sms=132)
+GPT_OSS_120B = Sizes(hidden=2880, intermediate=2880, num_experts=128, local_experts=128)
 GPT_OSS_20B = Sizes(hidden=2880, intermediate=2880, num_experts=32, local_experts=32)
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 runs_on_cpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -47,7 +48,10 @@ def weight(experts, rows, columns, lowest=112, highest=123, seed=0):
 # --- layout
 
 
-def unpacked(packed, stage, columns, interleaved):
+CPU = torch.device("cpu")
+
+
+def unpacked(packed, stage, columns, order=None):
     """float64 [E, rows, columns] of packed bytes, found thread by thread as layout.py's docstring says, and by its list of outliers."""
     experts, tiles, stages, size = packed.stages.shape
     assert size == stage.bytes
@@ -87,8 +91,12 @@ def unpacked(packed, stage, columns, interleaved):
     assert torch.equal(values, values.float().to(torch.float8_e4m3fn).double())  # each is an e4m3 number
     values = values[..., :columns] * packed.row_factor.double().view(experts, tiles, 64, 1)
     add_outliers(values, packed)
-    result = torch.empty(experts, tiles * 64, columns, dtype=torch.float64)
-    result[:, fragment_rows(tiles * 64, interleaved, torch.device("cpu"))] = values.view(experts, -1, columns)
+    values = values.view(experts, -1, columns)
+    if order is None:
+        return values
+    assert not values[:, order < 0].any()
+    result = torch.empty(experts, int((order >= 0).sum()), columns, dtype=torch.float64)
+    result[:, order[order >= 0]] = values[:, order >= 0]
     return result
 
 
@@ -106,13 +114,14 @@ def add_outliers(values, packed):
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: f"{stage.columns} columns")
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("columns", [64, 480])
-def test_packed_bytes_hold_every_weight_exactly(stage, interleaved, columns):
-    given = weight(2, 128, columns)
-    packed = pack(given, stage, interleaved)
+@pytest.mark.parametrize("gates_and_ups", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (128, 480), (704, 64)])
+def test_packed_bytes_hold_every_weight_exactly(stage, gates_and_ups, rows, columns):
+    given = weight(2, rows, columns)
+    order = gate_up_rows(rows // 2, stage, CPU) if gates_and_ups else None
+    packed = pack(given, stage, order)
     assert packed.outliers.shape[0] == 0
-    assert torch.equal(unpacked(packed, stage, columns, interleaved), dequantize_mxfp4(given, torch.float64))
+    assert torch.equal(unpacked(packed, stage, columns, order), dequantize_mxfp4(given, torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -121,12 +130,12 @@ def test_packed_bytes_hold_every_weight_exactly(stage, interleaved, columns):
 def test_a_row_holds_twelve_block_scales_and_lists_the_rest(lowest, highest, some):
     given = weight(1, 128, 640, lowest, highest, seed=3)
     given.scales[:, :, 0] = highest
-    packed = pack(given, STAGES[0], interleaved=False)
+    packed = pack(given, STAGES[0])
     outside = highest - given.scales.int() >= 12
     assert packed.outliers.shape[0] == int(outside.sum())
     assert bool(outside.any()) == some
     assert torch.equal(packed.outlier_starts, torch.cat((torch.zeros(1), outside.view(2, -1).sum(1).cumsum(0))).int())
-    assert torch.equal(unpacked(packed, STAGES[0], 640, False), dequantize_mxfp4(given, torch.float64))
+    assert torch.equal(unpacked(packed, STAGES[0], 640), dequantize_mxfp4(given, torch.float64))
 
 
 def test_blocks_of_zeros_and_rows_of_zeros_need_no_scale():
@@ -136,22 +145,36 @@ def test_blocks_of_zeros_and_rows_of_zeros_need_no_scale():
     given.scales[0, 5, 0] = 0  # what a quantizer gives a block of zeros
     given.codes[0, 7, 16:32] = 0x08
     given.scales[0, 7, 1] = 254
-    packed = pack(given, STAGES[0], interleaved=False)
+    packed = pack(given, STAGES[0])
     assert packed.outliers.shape[0] == 0
-    assert torch.equal(unpacked(packed, STAGES[0], 320, False), dequantize_mxfp4(given, torch.float64))
+    assert torch.equal(unpacked(packed, STAGES[0], 320), dequantize_mxfp4(given, torch.float64))
 
 
 def test_a_row_with_a_nan_scale_has_a_nan_factor_and_no_other_row_has():
     given = weight(1, 64, 320)
     given.scales[0, 9, 4] = 255
-    factor = pack(given, STAGES[0], interleaved=False).row_factor
+    factor = pack(given, STAGES[0]).row_factor
     assert factor.isnan().nonzero().tolist() == [[0, 9]]
 
 
-def test_gates_and_ups_are_eight_rows_apart_in_a_fragment():
-    rows = fragment_rows(128, True, torch.device("cpu")).view(2, 4, 2, 8)  # tile, w, half, g
-    assert torch.equal(rows[:, :, 1], rows[:, :, 0] + 1)
-    assert torch.equal(rows[:, :, 0].flatten(), torch.arange(0, 128, 2))
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: f"{stage.columns} columns")
+@pytest.mark.parametrize("intermediate", [32, 96, 320, 736, 2880])
+def test_gates_and_ups_are_eight_rows_apart_and_a_tile_writes_neighbours(stage, intermediate):
+    """As bf16_place of layer.cuh puts the columns of h: 16 of them an instruction, two pairs of each thread of a quad, 8 apart."""
+    rows = gate_up_rows(intermediate, stage, CPU)
+    assert sorted(rows[rows >= 0].tolist()) == list(range(2 * intermediate))
+    rows = rows.view(-1, 4, 2, 8)  # tile, w, gate or up, g
+    there = rows >= 0
+    assert torch.equal(rows[:, :, 1][there[:, :, 1]], rows[:, :, 0][there[:, :, 0]] + 1)
+    column = rows[:, :, 0].flatten() // 2
+    place = torch.arange(len(column))[column >= 0]
+    k = column[column >= 0]
+    rest = k % stage.columns
+    half = rest >= 128 * stage.chunks
+    chunk = torch.where(half, 128 * stage.chunks, rest & ~127)
+    c, j = torch.where(half, (rest - chunk) >> 4, rest >> 5) & 3, torch.where(half, rest >> 3 & 1, rest >> 3 & 3)
+    e = rest & 3
+    assert torch.equal(place, k - rest + chunk + 32 * j + 16 * (rest >> 2 & 1) + 8 * (e >> 1) + 2 * c + (e & 1))
 
 
 # --- arithmetic
@@ -224,10 +247,18 @@ def test_every_preset_has_a_variant_that_fits_and_deals_slots_evenly(model, tp):
 
 def test_the_layout_does_not_depend_on_the_batch():
     layer = make_layer(case("tiny", 1), "cpu")
-    small, large = launch.prepare(layer, 1), launch.prepare(layer, MAX_TOKENS)
-    assert all(torch.equal(a, b) for a, b in zip(small.w13 + small.w2, large.w13 + large.w2, strict=True))
+    small, large = launch.prepare(layer, 1), launch.prepare(layer, 300)
+    packed = [prepared.layer.w13 + prepared.layer.w2 for prepared in (small, large)]
+    assert all(torch.equal(a, b) for a, b in zip(*packed, strict=True))
     assert [v.tier.max_tokens for v in small.variants] == [2]
-    assert [v.tier.max_tokens for v in large.variants] == [tier.max_tokens for tier in TIERS]
+    assert small.many == ()
+    assert [v.tier.max_tokens for v in large.variants] == [2, 8, 32, 64]
+    assert [(many.max_tokens, many.format.name) for many in large.many] == [(80, "e4m3 pair"), (300, "bf16")]
+
+
+def test_the_regimes_of_both_models_are_those_that_were_measured():
+    assert (GPT_OSS_20B.few_up_to, GPT_OSS_20B.pair_up_to) == (64, 320)
+    assert (GPT_OSS_120B.few_up_to, GPT_OSS_120B.pair_up_to) == (128, 1280)
 
 
 # --- what is refused
@@ -238,8 +269,6 @@ def test_the_layout_does_not_depend_on_the_batch():
     [
         (case("gpt-oss-20b", 1), replace(H200, arch="sm100"), "only sm90 has; this is sm100"),
         (case("gpt-oss-20b", 1), replace(H200, arch="cpu"), "this is cpu"),
-        (case("gpt-oss-20b", 129), H200, "num_tokens=129 is more than the 128 that one launch takes; use triton_mxfp4_bf16"),
-        (case("gpt-oss-20b", 100), replace(H200, num_sms=78), "this GPU has 78; use triton_mxfp4_bf16"),
         (case("tiny", 1, hidden_size=352), H200, "hidden_size=352 is not a multiple of 64"),
         (case("deepseek-v3", 1, top_k=9), H200, "top_k=9 is more than the 8 slots"),
         (case("tiny", 1, hidden_size=32768), H200, "a row of hidden_size=32768 or intermediate_size=192 leaves no room"),
@@ -265,7 +294,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
 def test_every_supported_case_says_none(monkeypatch):
     monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16.find_spec", lambda module: module)
     for model in ("gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "qwen3-235b-a22b"):
-        for tokens in (0, 1, 64, 128):
+        for tokens in (0, 1, 64, 128, 129, 16384):
             for ep in (1, 4):
                 assert BACKEND.unsupported(case(model, tokens, ep_size=ep), H200) is None
 
@@ -289,8 +318,6 @@ def test_calls_that_the_layer_was_not_prepared_for_are_refused():
     kernels = tuple(launch.Kernel(variant=v, module=None, function=None, blocks=4) for v in prepared.variants)
     with pytest.raises(ValueError, match="num_tokens=9 is more than the 8 this layer was prepared for"):
         launch.run(launch.Loaded(prepared=prepared, kernels=kernels, facts={}), make_tokens(point, "cpu"))
-    with pytest.raises(ValueError, match="num_tokens=129 is more than the 128"):
-        launch.tiers_up_to(129)
     many = launch.prepare(make_layer(point, "cpu"), 9)
     kernels = tuple(launch.Kernel(variant=v, module=None, function=None, blocks=4) for v in many.variants)
     with pytest.raises(ValueError, match="num_tokens=9 needs as many blocks to split them, and this GPU runs 4"):
@@ -340,42 +367,42 @@ def nvrtc(monkeypatch, tmp_path):
 
 
 def test_a_kernel_is_compiled_once_for_its_constants_and_its_compiler(nvrtc):
-    first = compiler.cubin({"COLUMNS": 8})
-    again = compiler.cubin({"COLUMNS": 8})
+    first = compiler.cubin("moe.cu", {"COLUMNS": 8})
+    again = compiler.cubin("moe.cu", {"COLUMNS": 8})
     assert (first.code, first.cached, again.code, again.cached) == (b"code", False, b"code", True)
     assert nvrtc.compiled == [[b"-arch=sm_90a", b"-std=c++17", b"-DCOLUMNS=8"]]
-    compiler.cubin({"COLUMNS": 16})
+    compiler.cubin("moe.cu", {"COLUMNS": 16})
     nvrtc.version = (0, 13, 1)
-    assert compiler.cubin({"COLUMNS": 8}).compiler == "nvrtc 13.1"
+    assert compiler.cubin("moe.cu", {"COLUMNS": 8}).compiler == "nvrtc 13.1"
     assert len(nvrtc.compiled) == 3
 
 
 def test_another_source_is_compiled_again(nvrtc, monkeypatch, tmp_path):
-    compiler.cubin({})
-    for name in (compiler.NAME, compiler.HEADER):
+    compiler.cubin("moe.cu", {})
+    for name in ("moe.cu", *compiler.HEADERS):
         (tmp_path / name).write_text((compiler.SOURCES / name).read_text())
     monkeypatch.setattr(compiler, "SOURCES", tmp_path)
-    assert compiler.cubin({}).cached
-    (tmp_path / compiler.HEADER).write_text("// changed")
-    assert not compiler.cubin({}).cached
+    assert compiler.cubin("moe.cu", {}).cached
+    (tmp_path / compiler.HEADERS[0]).write_text("// changed")
+    assert not compiler.cubin("moe.cu", {}).cached
 
 
 def test_the_cache_holds_whole_files_only(nvrtc, monkeypatch):
-    compiler.cubin({})
+    compiler.cubin("moe.cu", {})
     assert [path.suffix for path in compiler.cache_dir().iterdir()] == [".cubin"]
 
     def full(self, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.replace", full)
-    assert compiler.cubin({"COLUMNS": 8}).code == b"code"
+    assert compiler.cubin("moe.cu", {"COLUMNS": 8}).code == b"code"
     assert [path.suffix for path in compiler.cache_dir().iterdir()] == [".cubin"]
 
 
 def test_an_error_shows_the_compilers_log(nvrtc):
     nvrtc.error = 6
     with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION for moe\.cu\nline 7$"):
-        compiler.cubin({})
+        compiler.cubin("moe.cu", {})
 
 
 # --- the kernel's own source, on this CPU
@@ -410,7 +437,7 @@ def test_python_and_the_source_agree_on_sizes(libraries):
         sizes = KernelOnCpu(wanted, libraries).sizes()
         stage = wanted.sizes.stage
         assert sizes["arguments"] == ctypes.sizeof(launch.Arguments)
-        assert sizes["stage"] == stage.bytes == prepared.w13.stages.shape[3]
+        assert sizes["stage"] == stage.bytes == prepared.layer.w13.stages.shape[3]
         assert sizes["counters"] == wanted.counters
         assert sizes["passes"] == wanted.max_passes
         assert sizes["shared"] == wanted.shared_bytes
@@ -419,7 +446,7 @@ def test_python_and_the_source_agree_on_sizes(libraries):
 
 
 @runs_on_cpu
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64, 65, 128])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64])
 def test_token_counts_around_every_tier_are_right(libraries, tokens):
     point = case("tiny", tokens)
     assert_right(libraries, make_layer(point, "cpu"), make_tokens(point, "cpu"))
@@ -465,7 +492,7 @@ def test_foreign_ids_are_skipped_duplicates_count_twice_and_unserved_tokens_are_
 
 
 @runs_on_cpu
-@pytest.mark.parametrize("tokens", [6, 128])
+@pytest.mark.parametrize("tokens", [6, 64])
 def test_all_tokens_may_go_to_one_expert_or_to_nobody(libraries, tokens):
     point = case("tiny", tokens)
     layer, batch = make_layer(point, "cpu"), make_tokens(point, "cpu")
@@ -513,10 +540,10 @@ def test_scales_outside_of_a_rows_window_are_added_exactly(libraries, tokens):
     hidden[:, :32] /= 1024
     batch = replace(batch, hidden_states=hidden)
     prepared = launch.prepare(layer, tokens)
-    assert min(prepared.w13.outliers.shape[0], prepared.w2.outliers.shape[0]) > 100
+    assert min(prepared.layer.w13.outliers.shape[0], prepared.layer.w2.outliers.shape[0]) > 100
     assert_right(libraries, layer, batch)
-    none = torch.zeros_like(prepared.w13.outlier_starts)
-    blind = replace(prepared, w13=prepared.w13._replace(outlier_starts=none))
+    none = torch.zeros_like(prepared.layer.w13.outlier_starts)
+    blind = replace(prepared, layer=replace(prepared.layer, w13=prepared.layer.w13._replace(outlier_starts=none)))
     assert not compare(on_cpu(libraries, blind, batch), reference(layer, batch, "bf16"), "bf16").ok
 
 
@@ -574,4 +601,109 @@ def test_a_layer_of_the_width_of_gpt_oss_is_right(libraries, tokens):
     wanted = replace(as_20b, sizes=replace(as_20b.sizes, local_experts=2))
     out = KernelOnCpu(wanted, libraries).run(prepared, batch, blocks=max(tokens, 4), seed=1)
     error = compare(out, reference(layer, batch, "bf16"), "bf16")
+    assert error.ok, error
+
+
+# --- many tokens: prefill.cu
+
+FORMATS = (prefill.BF16, prefill.E4M3_PAIR)
+
+
+def prefill_on_cpu(libraries, layer, tokens, used, columns=64, **options):
+    return PrefillOnCpu(pack_layer(layer), used, columns, tokens.num_tokens, libraries).run(tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "bf16", "pair"), [(0.1, 32, 32), (4, 32, 32), (16, 32, 64), (32, 64, 80), (64, 80, 128), (256, 128, 128), (4096, 128, 128)]
+)
+def test_columns_are_those_with_which_all_passes_take_least(pairs, bf16, pair):
+    assert (prefill.BF16.columns_for(pairs), prefill.E4M3_PAIR.columns_for(pairs)) == (bf16, pair)
+
+
+@pytest.mark.parametrize("used", FORMATS, ids=lambda used: used.name)
+def test_every_number_of_columns_that_a_call_can_need_is_prepared(used):
+    for most in (0.5, 3, 40, 128, 1000):
+        ready = used.columns_up_to(most)
+        assert {used.columns_for(most * part / 97) for part in range(1, 98)} <= set(ready)
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "deepseek-v3", "mixtral-8x7b", "tiny"])
+def test_shared_memory_holds_every_variant(model):
+    point = case(model, 1)
+    sizes = Sizes(hidden=point.hidden_size, intermediate=point.intermediate_size, num_experts=8, local_experts=8)
+    for used in (*FORMATS, prefill.E4M3):
+        for columns in prefill.COLUMNS:
+            found = prefill.Variant(sizes=sizes, format=used, columns=columns, outliers=False)
+            assert found.shared_bytes <= SHARED_BYTES
+            assert found.lines >= 4
+
+
+def test_a_batch_whose_rows_cannot_be_told_apart_is_refused():
+    with pytest.raises(ValueError, match=r"max_num_tokens=200000 is more than the \d+ whose rows"):
+        prefill.workspace(GPT_OSS_20B, prefill.BF16, 200_000, torch.device("meta"))
+
+
+@runs_on_cpu
+@pytest.mark.parametrize("used", [*FORMATS, prefill.E4M3], ids=lambda used: used.name)
+def test_the_constants_of_prefill_agree_with_its_source(libraries, used):
+    packed = pack_layer(make_layer(case("tiny", 1), "cpu"))
+    kernel = PrefillOnCpu(packed, used, 64, 20, libraries)
+    found = kernel.sizes()
+    assert found["arguments"] == ctypes.sizeof(prefill.Arguments)
+    assert found["counters"] == prefill.COUNTERS
+    assert found["shared"] == kernel.variant.shared_bytes
+    assert found["state"] <= prefill.STATE_BYTES
+    assert found["up_tiles"] * 64 == packed.w13.row_factor.shape[1]
+    assert (found["padded_hidden"], found["padded_intermediate"]) == (packed.sizes.stage.padded(320), packed.sizes.stage.padded(192))
+
+
+@runs_on_cpu
+@pytest.mark.parametrize("used", FORMATS, ids=lambda used: used.name)
+@pytest.mark.parametrize("tokens", [1, 20, 150])
+def test_a_layer_for_many_tokens_is_right(libraries, used, tokens):
+    point = case("tiny", tokens)
+    layer, batch = make_layer(point, "cpu"), make_tokens(point, "cpu")
+    error = compare(prefill_on_cpu(libraries, layer, batch, used), reference(layer, batch, "bf16"), "bf16")
+    assert error.ok, error
+    assert error.rel_l2 <= 0.0025
+
+
+@runs_on_cpu
+@pytest.mark.parametrize("used", FORMATS, ids=lambda used: used.name)
+def test_many_tokens_with_duplicate_foreign_and_no_ids_are_right(libraries, used):
+    point = case("tiny", 30, ep_size=2, ep_rank=1)
+    layer, batch = make_layer(point, "cpu"), make_tokens(point, "cpu")
+    batch.topk_ids[0] = 5
+    batch.topk_ids[1] = torch.tensor([-1, 0, 1 << 30, 8], dtype=torch.int32)
+    out = prefill_on_cpu(libraries, layer, batch, used)
+    assert not out[1].any()
+    assert compare(out, reference(layer, batch, "bf16"), "bf16").ok
+    nobody = replace(batch, topk_ids=torch.full_like(batch.topk_ids, -3))
+    assert not prefill_on_cpu(libraries, layer, nobody, used).any()
+
+
+@runs_on_cpu
+@pytest.mark.parametrize("used", FORMATS, ids=lambda used: used.name)
+def test_bits_for_many_tokens_do_not_depend_on_speeds_or_on_the_number_of_blocks(libraries, used):
+    """Stages of 320 columns as gpt-oss has them; warps at random speeds and late copies."""
+    point = case("tiny", 40, hidden_size=640, intermediate_size=320, num_experts=4)
+    layer, batch = make_layer(point, "cpu"), make_tokens(point, "cpu")
+    first = prefill_on_cpu(libraries, layer, batch, used)
+    assert compare(first, reference(layer, batch, "bf16"), "bf16").ok
+    for seed in (1, 2, 3):
+        assert torch.equal(prefill_on_cpu(libraries, layer, batch, used, blocks=1 + seed, seed=seed), first), seed
+
+
+@runs_on_cpu
+@pytest.mark.parametrize("used", FORMATS, ids=lambda used: used.name)
+def test_scales_outside_of_a_rows_window_are_added_for_many_tokens(libraries, used):
+    point = case("tiny", 20, hidden_size=640, intermediate_size=320)
+    layer = make_layer(point, "cpu")
+    layer.w13.scales[:, ::3, 0] = 133
+    layer.w13.scales[:, ::3, 1:] -= 6
+    layer.w2.scales[:, 1::5, 2] = 100
+    batch = make_tokens(point, "cpu")
+    batch.hidden_states[:, :32] /= 1024
+    assert pack_layer(layer).num_outliers > 100
+    error = compare(prefill_on_cpu(libraries, layer, batch, used, columns=32), reference(layer, batch, "bf16"), "bf16")
     assert error.ok, error

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from moebench.kernels.hopper_mxfp4_bf16_details.compiler import NAME, SOURCES, cubin, options
+from moebench.kernels.hopper_mxfp4_bf16_details.compiler import SOURCES, cubin, options
+from moebench.kernels.hopper_mxfp4_bf16_details.launch import SOURCE
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import TIERS, Sizes, Variant, variant
 
 GPT_OSS_20B = Sizes(hidden=2880, intermediate=2880, num_experts=32, local_experts=32)
@@ -73,11 +74,11 @@ def compile_one(wanted: Variant, compiler: str) -> Compiled:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         if compiler == "nvrtc":
-            path.write_bytes(cubin(wanted.defines).code)
+            path.write_bytes(cubin(SOURCE, wanted.defines).code)
         else:
             arch = "-gencode=arch=compute_90a,code=sm_90a"  # -arch=sm_90a makes nvcc 13.0 compile for sm_90 first
             given = [option for option in options(wanted.defines) if not option.startswith("-arch")]
-            subprocess.run(["nvcc", "-cubin", "-O3", arch, *given, f"-I{SOURCES}", str(SOURCES / NAME), "-o", str(path)], check=True)
+            subprocess.run(["nvcc", "-cubin", "-O3", arch, *given, f"-I{SOURCES}", str(SOURCES / SOURCE), "-o", str(path)], check=True)
         sass = _output(tool, "-c", str(path))
         usage = _output(str(Path(tool).with_name("cuobjdump")), "-res-usage", str(path))
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.partition("hopper_mxfp4_bf16")[2]))

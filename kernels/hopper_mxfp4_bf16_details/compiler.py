@@ -1,4 +1,4 @@
-"""`moe.cu` to a cubin through NVRTC, once for each set of constants and each compiler.
+"""A source of ours to a cubin through NVRTC, once for each set of constants and each compiler.
 
 NVRTC and the driver are called through NVIDIA's cuda-bindings, which torch's CUDA wheels bring along with NVRTC itself."""
 
@@ -15,8 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 ARCH = "sm_90a"  # wgmma is not in plain sm_90
-NAME = "moe.cu"
-HEADER = "ptx.cuh"
+HEADERS = ("ptx.cuh", "layer.cuh")
 SOURCES = Path(__file__).parent
 
 
@@ -37,24 +36,24 @@ def options(defines: Mapping[str, int]) -> list[str]:
     return [f"-arch={ARCH}", "-std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
 
 
-def cubin(defines: Mapping[str, int]) -> Cubin:
+def cubin(name: str, defines: Mapping[str, int]) -> Cubin:
     """From the cache, or compiled and put there. Raises RuntimeError with NVRTC's log where it does not compile."""
     nvrtc = import_module("cuda.bindings.nvrtc")
     error, major, minor = nvrtc.nvrtcVersion()
     _check(nvrtc, error, None)
     compiler = f"nvrtc {major}.{minor}"
-    path = cache_dir() / f"{_key(compiler, defines)}.cubin"
+    path = cache_dir() / f"{_key(compiler, name, defines)}.cubin"
     with suppress(FileNotFoundError):
         return Cubin(code=path.read_bytes(), compiler=compiler, cached=True)
-    code = _compile(defines)
+    code = _compile(name, defines)
     with suppress(OSError):  # a home that cannot be written costs a second at each start
         _write(path, code)
     return Cubin(code=code, compiler=compiler, cached=False)
 
 
-def _key(compiler: str, defines: Mapping[str, int]) -> str:
+def _key(compiler: str, name: str, defines: Mapping[str, int]) -> str:
     """Everything that the code depends on; the architecture is one of the options."""
-    parts = [compiler, *options(defines), (SOURCES / HEADER).read_text(), (SOURCES / NAME).read_text()]
+    parts = [compiler, *options(defines), *((SOURCES / source).read_text() for source in (*HEADERS, name))]
     return sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -71,15 +70,15 @@ def _write(path: Path, code: bytes) -> None:
         raise
 
 
-def _compile(defines: Mapping[str, int]) -> bytes:
+def _compile(name: str, defines: Mapping[str, int]) -> bytes:
     nvrtc = import_module("cuda.bindings.nvrtc")
-    source, header = ((SOURCES / name).read_bytes() for name in (NAME, HEADER))
-    error, program = nvrtc.nvrtcCreateProgram(source, NAME.encode(), 1, [header], [HEADER.encode()])
+    source, *headers = ((SOURCES / file).read_bytes() for file in (name, *HEADERS))
+    error, program = nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), headers, [header.encode() for header in HEADERS])
     _check(nvrtc, error, None)
     given = [option.encode() for option in options(defines)]
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-        _check(nvrtc, error, program)
+        _check(nvrtc, error, program, name)
         error, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(nvrtc, error, None)
         code = bytearray(size)
@@ -90,7 +89,7 @@ def _compile(defines: Mapping[str, int]) -> bytes:
     return bytes(code)
 
 
-def _check(nvrtc: ModuleType, error: int, program: object) -> None:
+def _check(nvrtc: ModuleType, error: int, program: object, name: str = "") -> None:
     if not error:
         return
     _, text = nvrtc.nvrtcGetErrorString(error)
@@ -99,4 +98,5 @@ def _check(nvrtc: ModuleType, error: int, program: object) -> None:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
-    raise RuntimeError(f"NVRTC: {text.decode()} for {NAME}\n{log.decode(errors='replace').rstrip(chr(0))}".rstrip())
+    what = f" for {name}" if name else ""
+    raise RuntimeError(f"NVRTC: {text.decode()}{what}\n{log.decode(errors='replace').rstrip(chr(0))}".rstrip())

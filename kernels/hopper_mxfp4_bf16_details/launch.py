@@ -1,4 +1,4 @@
-"""A layer in our layout with its workspace, and the one launch of a call."""
+"""A layer ready to run: its workspaces, its kernels, and which of them a call gets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moebench.kernels.hopper_mxfp4_bf16_details import prefill
 from moebench.kernels.hopper_mxfp4_bf16_details.compiler import cubin
-from moebench.kernels.hopper_mxfp4_bf16_details.layout import Packed, fragment_rows, pack
+from moebench.kernels.hopper_mxfp4_bf16_details.prefill import Weights
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import (
-    MAX_TOKENS,
     MAX_TOP_K,
     SPLIT_ONCE_ABOVE,
     THREADS,
@@ -24,21 +24,16 @@ from moebench.kernels.hopper_mxfp4_bf16_details.shape import (
     Sizes,
     Tier,
     Variant,
-    h_scale,
     tier_of,
     variant,
 )
+from moebench.kernels.hopper_mxfp4_bf16_details.weights import PackedLayer, pack_layer
 
 if TYPE_CHECKING:
-    from moebench.problem import Layer, Swiglu, Tokens
+    from moebench.problem import Layer, Tokens
 
+SOURCE = "moe.cu"
 KERNEL = b"hopper_mxfp4_bf16"
-
-
-class Weights(ctypes.Structure):
-    """`struct Weights` of moe.cu."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("stages", "row_factor", "bias", "outlier_starts", "outliers")]
 
 
 class Arguments(ctypes.Structure):
@@ -69,32 +64,42 @@ class Workspace:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Many:
+    """What calls of more tokens than the one before get: variants of prefill.cu and their workspace."""
+
+    max_tokens: int
+    format: prefill.Format
+    variants: tuple[prefill.Variant, ...]
+    workspace: prefill.Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A layer's weights in our layout, and what the kernel has to know about it."""
+    """A layer's weights in our layout, and what the kernels for its token counts need."""
 
-    variants: tuple[Variant, ...]  # by rising token count
-    w13: Packed
-    w2: Packed
-    b13: Tensor  # float32 [E, 2I], rows in the order of the accumulator; zeros for a layer without biases
-    b2: Tensor  # float32 [E, H]
-    workspace: Workspace
-    hidden_size: int
-    first_expert: int
-    swiglu: Swiglu
-    h_scale: float | None  # None: a row of h gets its own power of two at run time
-
-    @property
-    def num_outliers(self) -> int:
-        return self.w13.outliers.shape[0] + self.w2.outliers.shape[0]
+    layer: PackedLayer
+    variants: tuple[Variant, ...]  # of moe.cu, by rising token count
+    workspace: Workspace | None  # of them
+    many: tuple[Many, ...]  # by rising token count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A variant that is loaded and may be launched."""
+    """A variant of moe.cu that is loaded and may be launched."""
 
     variant: Variant
     module: object  # keeps the function alive
     function: object
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyKernels:
+    """Variants of prefill.cu that are loaded and may be launched."""
+
+    many: Many
+    modules: tuple[object, ...]
+    functions: dict[int, object]  # by columns
     blocks: int
 
 
@@ -104,93 +109,103 @@ class Loaded:
 
     prepared: Prepared
     kernels: tuple[Kernel, ...]
+    many: tuple[ManyKernels, ...] = ()
     facts: dict[str, str | int | float]
 
     def __call__(self, tokens: Tokens) -> Tensor:
         return run(self, tokens)
 
 
-def sizes_of(layer: Layer) -> Sizes:
-    return Sizes(
-        hidden=layer.hidden_size,
-        intermediate=layer.intermediate_size,
-        num_experts=layer.num_experts,
-        local_experts=layer.num_local_experts,
-    )
-
-
 def prepare(layer: Layer, max_num_tokens: int) -> Prepared:
     """Copy the weights into our layout; the layer itself is not kept. Works on any device."""
-    sizes = sizes_of(layer)
-    w13 = pack(layer.w13, sizes.stage, interleaved=True)
-    w2 = pack(layer.w2, sizes.stage, interleaved=False)
-    scale = h_scale(layer.swiglu.alpha, layer.swiglu.beta, layer.swiglu.limit)
-    outliers = w13.outliers.shape[0] + w2.outliers.shape[0] > 0
+    packed = pack_layer(layer)
+    sizes, bounded, outliers = packed.sizes, packed.h_scale is not None, packed.num_outliers > 0
     variants = []
-    for tier in tiers_up_to(max_num_tokens):
-        found = variant(sizes, tier, h_static=scale is not None, outliers=outliers)
+    for tier in tiers_up_to(sizes, max_num_tokens):
+        found = variant(sizes, tier, h_static=bounded, outliers=outliers)
         if found is None:
             raise ValueError(f"hidden_size={sizes.hidden}, intermediate_size={sizes.intermediate} need more shared memory than a block has")
         variants.append(found)
-    device = layer.w2.codes.device
-    rows13, rows2 = fragment_rows(2 * sizes.intermediate, True, device), fragment_rows(sizes.hidden, False, device)
+    formats = [(sizes.pair_up_to, prefill.E4M3_PAIR)] if bounded else []
+    many, before = [], sizes.few_up_to
+    for up_to, used in (*formats, (max_num_tokens, prefill.BF16)):
+        if before < max_num_tokens and before < up_to:
+            before = min(up_to, max_num_tokens)
+            many.append(many_of(packed, before, used))
     return Prepared(
+        layer=packed,
         variants=tuple(variants),
-        w13=w13,
-        w2=w2,
-        b13=_bias(layer.b13, rows13, sizes.local_experts),
-        b2=_bias(layer.b2, rows2, sizes.local_experts),
-        workspace=_workspace(sizes, variants, device),
-        hidden_size=layer.hidden_size,
-        first_expert=layer.local_expert_start,
-        swiglu=layer.swiglu,
-        h_scale=scale,
+        workspace=_workspace(sizes, variants, packed.device) if variants else None,
+        many=tuple(many),
     )
 
 
-def tiers_up_to(max_num_tokens: int) -> tuple[Tier, ...]:
-    """Those that calls of up to so many tokens need; raises ValueError above MAX_TOKENS."""
-    if max_num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"num_tokens={max_num_tokens} is more than the {MAX_TOKENS} that the one-launch kernel takes; use triton_mxfp4_bf16"
-        )
-    last = tier_of(max_num_tokens)
+def prepare_format(layer: Layer, max_num_tokens: int, used: prefill.Format) -> Prepared:
+    """For one format of prefill.cu at every token count."""
+    packed = pack_layer(layer)
+    return Prepared(layer=packed, variants=(), workspace=None, many=(many_of(packed, max(max_num_tokens, 1), used),))
+
+
+def many_of(packed: PackedLayer, max_tokens: int, used: prefill.Format) -> Many:
+    sizes, outliers = packed.sizes, packed.num_outliers > 0
+    if sizes.local_experts > prefill.MOST_EXPERTS:
+        raise ValueError(f"{sizes.local_experts} experts are more than the {prefill.MOST_EXPERTS} that the kernel sorts for")
+    columns = used.columns_up_to(max_tokens * MAX_TOP_K / sizes.num_experts)
+    return Many(
+        max_tokens=max_tokens,
+        format=used,
+        variants=tuple(prefill.Variant(sizes=sizes, format=used, columns=n, outliers=outliers) for n in columns),
+        workspace=prefill.workspace(sizes, used, max_tokens, packed.device),
+    )
+
+
+def tiers_up_to(sizes: Sizes, max_num_tokens: int) -> tuple[Tier, ...]:
+    """Those of moe.cu that calls of up to so many tokens need."""
+    last = tier_of(min(max_num_tokens, sizes.few_up_to))
     return tuple(tier for tier in TIERS if tier.max_tokens <= last.max_tokens)
 
 
 def load(prepared: Prepared) -> Loaded:
-    """Compile, load, and make sure that all blocks of a launch can run at the same time, since they wait for each other."""
+    """Compile, load, and make sure that all blocks of a launch of moe.cu can run at the same time, since they wait for each other."""
     started = perf_counter()
-    device = prepared.w2.stages.device
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    layer = prepared.layer
+    multiprocessors = torch.cuda.get_device_properties(layer.device).multi_processor_count
     driver = import_module("cuda.bindings.driver")
-    kernels, compilers, fresh = [], set(), 0
-    with ThreadPoolExecutor() as threads:  # half a second each
-        cubins = list(threads.map(cubin, [wanted.defines for wanted in prepared.variants]))
-    with torch.cuda.device(device):  # makes torch's context the driver's current one
-        for wanted, compiled in zip(prepared.variants, cubins, strict=True):
+    wanted = [(SOURCE, KERNEL, v.shared_bytes, v.defines) for v in prepared.variants]
+    wanted += [(prefill.SOURCE, prefill.KERNEL, v.shared_bytes, v.defines) for many in prepared.many for v in many.variants]
+    with ThreadPoolExecutor() as threads:  # half a second each, those of prefill.cu several
+        cubins = list(threads.map(cubin, [source for source, *_ in wanted], [defines for *_, defines in wanted]))
+    functions = []
+    with torch.cuda.device(layer.device):  # makes torch's context the driver's current one
+        for (_, name, shared_bytes, _), compiled in zip(wanted, cubins, strict=True):
             module = _done(driver, driver.cuModuleLoadData(compiled.code))
-            function = _done(driver, driver.cuModuleGetFunction(module, KERNEL))
+            function = _done(driver, driver.cuModuleGetFunction(module, name))
             shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _done(driver, driver.cuFuncSetAttribute(function, shared, wanted.shared_bytes))
-            resident = _done(driver, driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, wanted.shared_bytes))
+            _done(driver, driver.cuFuncSetAttribute(function, shared, shared_bytes))
+            functions.append((module, function))
+        kernels = []
+        for v, (module, function) in zip(prepared.variants, functions, strict=False):
+            resident = _done(driver, driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, v.shared_bytes))
             assert isinstance(resident, int)
-            blocks = multiprocessors
-            if problem := residency_error(blocks, resident * multiprocessors, wanted):
+            if problem := residency_error(multiprocessors, resident * multiprocessors, v):
                 raise RuntimeError(problem)
-            kernels.append(Kernel(variant=wanted, module=module, function=function, blocks=blocks))
-            compilers.add(compiled.compiler)
-            fresh += not compiled.cached
+            kernels.append(Kernel(variant=v, module=module, function=function, blocks=multiprocessors))
+    rest = iter(functions[len(kernels) :])
+    loaded = []
+    for many in prepared.many:
+        own = [next(rest) for _ in many.variants]
+        by_columns = {v.columns: function for v, (_, function) in zip(many.variants, own, strict=True)}
+        loaded.append(ManyKernels(many=many, modules=tuple(m for m, _ in own), functions=by_columns, blocks=multiprocessors))
     facts: dict[str, str | int | float] = {
-        "compiler": ", ".join(sorted(compilers)),
-        "compiled": fresh,
+        "compiler": ", ".join(sorted({compiled.compiler for compiled in cubins})),
+        "compiled": sum(not compiled.cached for compiled in cubins),
         "load_s": perf_counter() - started,
-        "stage_k": prepared.variants[0].sizes.stage.columns,
-        "outlier_blocks": prepared.num_outliers,
-        "h_scale": prepared.h_scale or "per row",
+        "stage_k": layer.sizes.stage.columns,
+        "outlier_blocks": layer.num_outliers,
+        "h_scale": layer.h_scale or "per row",
         "blocks": multiprocessors,
     }
-    return Loaded(prepared=prepared, kernels=tuple(kernels), facts=facts)
+    return Loaded(prepared=prepared, kernels=tuple(kernels), many=tuple(loaded), facts=facts)
 
 
 def residency_error(blocks: int, fit: int, wanted: Variant) -> str | None:
@@ -205,40 +220,72 @@ def residency_error(blocks: int, fit: int, wanted: Variant) -> str | None:
 
 def run(loaded: Loaded, tokens: Tokens) -> Tensor:
     """bf16 [M, H], every element written by one launch on the current stream."""
-    prepared = loaded.prepared
-    out = torch.empty(tokens.num_tokens, prepared.hidden_size, dtype=torch.bfloat16, device=tokens.hidden_states.device)
+    layer = loaded.prepared.layer
+    out = torch.empty(tokens.num_tokens, layer.sizes.hidden, dtype=torch.bfloat16, device=tokens.hidden_states.device)
     if tokens.num_tokens == 0:
         return out
-    kernel = next((kernel for kernel in loaded.kernels if tokens.num_tokens <= kernel.variant.tier.max_tokens), None)
-    if kernel is None:
-        most = loaded.kernels[-1].variant.tier.max_tokens
-        raise ValueError(f"num_tokens={tokens.num_tokens} is more than the {most} this layer was prepared for")
     x, ids, weights = _aligned(tokens.hidden_states), tokens.topk_ids.contiguous(), tokens.topk_weights.contiguous()
-    if tokens.num_tokens > kernel.blocks and tokens.num_tokens > SPLIT_ONCE_ABOVE:
-        raise ValueError(f"num_tokens={tokens.num_tokens} needs as many blocks to split them, and this GPU runs {kernel.blocks}")
-    given = arguments(prepared, x, ids, weights, out)
+    few = next((kernel for kernel in loaded.kernels if tokens.num_tokens <= kernel.variant.tier.max_tokens), None)
+    # a launch of moe.cu above SPLIT_ONCE_ABOVE tokens wants a block for each
+    if few is not None and (tokens.num_tokens <= few.blocks or tokens.num_tokens <= SPLIT_ONCE_ABOVE or not loaded.many):
+        _launch_few(few, arguments(loaded.prepared, x, ids, weights, out), tokens.num_tokens, out.device)
+        return out
+    many = next((kernel for kernel in loaded.many if tokens.num_tokens <= kernel.many.max_tokens), None)
+    if many is None:
+        most = max([*(k.variant.tier.max_tokens for k in loaded.kernels), *(k.many.max_tokens for k in loaded.many)])
+        raise ValueError(f"num_tokens={tokens.num_tokens} is more than the {most} this layer was prepared for")
+    given = prefill.arguments(layer, many.many.workspace, x, ids, weights, out, many.blocks)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(given))  # the launch copies what it points at
     driver = import_module("cuda.bindings.driver")
     stream = driver.CUstream(torch.cuda.current_stream(out.device).cuda_stream)
+    columns = many.many.format.columns_for(tokens.num_tokens * ids.shape[1] / layer.sizes.num_experts)
+    wanted = next(v for v in many.many.variants if v.columns == columns)
     with torch.cuda.device(out.device):
+        _done(
+            driver,
+            driver.cuLaunchKernel(
+                many.functions[columns],
+                many.blocks,
+                1,
+                1,
+                prefill.THREADS,
+                1,
+                1,
+                wanted.shared_bytes,
+                stream,
+                ctypes.addressof(pointers),
+                0,
+            ),
+        )
+    return out
+
+
+def _launch_few(kernel: Kernel, given: Arguments, num_tokens: int, device: torch.device) -> None:
+    if num_tokens > kernel.blocks and num_tokens > SPLIT_ONCE_ABOVE:
+        raise ValueError(f"num_tokens={num_tokens} needs as many blocks to split them, and this GPU runs {kernel.blocks}")
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(given))
+    driver = import_module("cuda.bindings.driver")
+    stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
         _done(
             driver,
             driver.cuLaunchCooperativeKernel(
                 kernel.function, kernel.blocks, 1, 1, THREADS, 1, 1, kernel.variant.shared_bytes, stream, ctypes.addressof(pointers)
             ),
         )
-    return out
 
 
 def arguments(prepared: Prepared, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> Arguments:
-    """Of contiguous tensors; they must outlive the launch, or belong to torch's allocator and its stream."""
+    """For moe.cu, of contiguous tensors; they must outlive the launch, or belong to torch's allocator and its stream."""
     top_k = ids.shape[1]
     if top_k > MAX_TOP_K:
         raise ValueError(f"top_k={top_k} is more than the {MAX_TOP_K} slots that the kernel is written for")
-    work, swiglu = prepared.workspace, prepared.swiglu
+    work, layer = prepared.workspace, prepared.layer
+    assert work is not None
+    swiglu = layer.swiglu
     return Arguments(
-        up=_weights(prepared.w13, prepared.b13),
-        down=_weights(prepared.w2, prepared.b2),
+        up=Weights(*layer.w13_pointers),
+        down=Weights(*layer.w2_pointers),
         x_high=work.x_high.data_ptr(),
         x_low=work.x_low.data_ptr(),
         x_factor=work.x_factor.data_ptr(),
@@ -253,21 +300,11 @@ def arguments(prepared: Prepared, x: Tensor, ids: Tensor, weights: Tensor, out: 
         out=out.data_ptr(),
         tokens=ids.shape[0],
         top_k=top_k,
-        first_expert=prepared.first_expert,
+        first_expert=layer.first_expert,
         alpha=swiglu.alpha,
         beta=swiglu.beta,
         limit=float("inf") if swiglu.limit is None else swiglu.limit,
-        h_scale=prepared.h_scale or 0.0,
-    )
-
-
-def _weights(packed: Packed, bias: Tensor) -> Weights:
-    return Weights(
-        stages=packed.stages.data_ptr(),
-        row_factor=packed.row_factor.data_ptr(),
-        bias=bias.data_ptr(),
-        outlier_starts=packed.outlier_starts.data_ptr(),
-        outliers=packed.outliers.data_ptr(),
+        h_scale=layer.h_scale or 0.0,
     )
 
 
@@ -290,12 +327,6 @@ def _workspace(sizes: Sizes, variants: list[Variant], device: torch.device) -> W
         z=zeros(pairs, sizes.hidden, torch.float32),
         counters=torch.zeros(max(v.counters for v in variants), dtype=torch.int32, device=device),
     )
-
-
-def _bias(bias: Tensor | None, rows: Tensor, experts: int) -> Tensor:
-    if bias is None:
-        return torch.zeros(experts, len(rows), dtype=torch.float32, device=rows.device)
-    return bias[:, rows].float()
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights as `moe.cu` reads them: the checkpoint's 4.25 bits per weight in the register order of an FP8 tensor core.
+"""The weights as both kernels read them: the checkpoint's 4.25 bits per weight in the register order of an FP8 tensor core.
 
 A stage is 64 rows of one expert and `Stage.columns` columns, contiguous: planes of codes, then scales. Stages follow each other along
 the columns, then along the rows. Rows are padded to whole stages with codes 0.
@@ -44,19 +44,23 @@ class Packed(NamedTuple):
     outliers: Tensor  # uint8 [n, 32]: int32 row of the tile + 64 * block, float32 scale over row factor, 8 unused, 16 bytes of codes
 
 
-def pack(weight: Mxfp4, stage: Stage, interleaved: bool) -> Packed:
-    """Both halves of an Mxfp4 [E, N, K], N a multiple of 64. interleaved: rows 2j and 2j + 1 (gate and up) become r and r + 8 of a thread.
+def pack(weight: Mxfp4, stage: Stage, order: Tensor | None = None) -> Packed:
+    """Both halves of an Mxfp4 [E, N, K]. order: the row at each place of the accumulator's order, -1 for zeros; its length is a multiple
+    of 64. None: as they are.
 
     Counts outliers, which synchronizes: for `prepare` only."""
     experts, rows, groups = weight.scales.shape
     device = weight.codes.device
+    order = torch.arange(rows, device=device) if order is None else order
+    rows = len(order)
+    empty = (order < 0).view(-1, 1)  # bool [rows, 1]
     tiles, stages = rows // TILE_ROWS, stage.count(groups * GROUP)
     packed = torch.empty(experts, tiles, stages, stage.bytes, dtype=torch.uint8, device=device)
     factor = torch.empty(experts, rows, dtype=torch.float32, device=device)
     counts, outliers = [], []
-    order = fragment_rows(rows, interleaved, device)
     for expert in range(experts):  # one by one: unpacked codes take several times their bytes, for a moment
-        codes, scales = weight.codes[expert][order], weight.scales[expert][order].int()
+        codes = weight.codes[expert][order.clamp_min(0)].masked_fill_(empty, 0)
+        scales = weight.scales[expert][order.clamp_min(0)].int().masked_fill_(empty, 0)
         blocks = codes.view(rows, groups, GROUP // 2)
         nothing = ((blocks & 0x77) == 0).all(-1)  # [rows, groups]: codes 0 and 8 only
         largest = torch.where(nothing | (scales == NAN_BYTE), 0, scales).amax(1, keepdim=True)  # [rows, 1]
@@ -71,10 +75,18 @@ def pack(weight: Mxfp4, stage: Stage, interleaved: bool) -> Packed:
     return Packed(packed, factor, starts, torch.cat(outliers))
 
 
-def fragment_rows(rows: int, interleaved: bool, device: torch.device) -> Tensor:
-    """int64 [rows]: the row of the matrix at each place of the accumulator's order, 16w + 8 * half + g in a tile."""
-    row = torch.arange(rows, device=device).view(-1, 4, 8, 2) if interleaved else torch.arange(rows, device=device).view(-1, 4, 2, 8)
-    return (row.transpose(2, 3) if interleaved else row).reshape(-1)
+def gate_up_rows(intermediate: int, stage: Stage, device: torch.device) -> Tensor:
+    """int64: the row of W13 at each place of the accumulator's order, -1 for zeros at the end. Rows 2i and 2i + 1 (gate and up) become
+    r = 16w + g and r + 8 of a tile, and the 32 columns i of a tile are those whose places in a row of bf16 numbers follow each other:
+    tile 32t + 8w + g, see `bf16_place` of layer.cuh."""
+    place = torch.arange(stage.filled(intermediate), device=device)
+    rest = place % stage.columns
+    half = rest >= 128 * stage.chunks
+    inside = torch.where(half, rest - 128 * stage.chunks, rest % 128)
+    c, j = inside >> 1 & 3, inside >> 5
+    column = place - inside + torch.where(half, 16, 32) * c + 8 * j + 2 * (inside >> 3 & 3) + (inside & 1)
+    row = 2 * column.view(-1, 4, 1, 8) + torch.arange(2, device=device).view(2, 1)  # tile, w, gate or up, g
+    return torch.where(column.view(-1, 4, 1, 8) < intermediate, row, -1).reshape(-1)
 
 
 def _row_factor(largest: Tensor) -> Tensor:

@@ -27,7 +27,7 @@
 //   HIDDEN, INTERMEDIATE, EXPERTS (local), MAX_TOP_K, COLUMNS, STAGE_CHUNKS, STAGE_HALF, RING_STAGES, MAX_TOKENS, SPLIT_ONCE,
 //   H_STATIC, OUTLIERS, STATE_BYTES
 
-#include <ptx.cuh>
+#include <layer.cuh>
 
 // ---- sizes
 
@@ -36,31 +36,13 @@ constexpr int CONSUMERS = WARPGROUPS * 128;
 constexpr int THREADS = CONSUMERS + 32;
 constexpr int WARPS = THREADS / 32;
 constexpr int PRODUCER_WARP = CONSUMERS / 32;
-constexpr u32 ALL_LANES = ~0u;
 
 constexpr int PASS_TOKENS = COLUMNS / 2;  // a high and a low column for each
 constexpr int VALUES = COLUMNS / 2;       // of the 64 x COLUMNS accumulator, in each of 128 threads
-constexpr float LOW_FACTOR = 16.0f;       // e4m3 keeps 4 bits, so what is left of 8 is at most 1/16 of the number
 
-constexpr int TILE_ROWS = 64;
-constexpr int CHUNK_K = 128;  // a row of a chunk of activations is one 128-byte line of the swizzle
-constexpr int STAGE_K = STAGE_CHUNKS * CHUNK_K + STAGE_HALF * (CHUNK_K / 2);
-constexpr int STAGE_LINES = STAGE_CHUNKS + STAGE_HALF;              // chunks of activations that a stage meets; of the last, half
-constexpr int STAGE_MMAS = STAGE_K / 32;                            // one instruction takes 32 columns
-constexpr int STAGE_PLANES = 2 * STAGE_CHUNKS + STAGE_HALF;         // of 16 bytes of codes for each of 128 threads
-constexpr int STAGE_WORDS = 4 * STAGE_PLANES;                       // 8 codes each, of one thread
-constexpr int PLANE_BYTES = 128 * 16;
-constexpr int CODE_BYTES = STAGE_PLANES * PLANE_BYTES;
-constexpr int CHUNK_SCALE_BYTES = 128 * 2 * STAGE_CHUNKS;           // thread, chunk, row half
-constexpr int HALF_SCALE_BYTES = STAGE_HALF * 64 * 2;               // two threads share a block of 32
-constexpr int STAGE_BYTES = CODE_BYTES + CHUNK_SCALE_BYTES + HALF_SCALE_BYTES;
-
-constexpr int UP_STAGES = (HIDDEN + STAGE_K - 1) / STAGE_K;  // of a tile in GEMM 1
-constexpr int DOWN_STAGES = (INTERMEDIATE + STAGE_K - 1) / STAGE_K;
-constexpr int UP_K = UP_STAGES * STAGE_K;  // with the zeros that fill the last stage
-constexpr int DOWN_K = DOWN_STAGES * STAGE_K;
-constexpr int UP_TILES = 2 * INTERMEDIATE / TILE_ROWS;  // of an expert
-constexpr int DOWN_TILES = HIDDEN / TILE_ROWS;
+constexpr int STAGE_LINES = STAGE_CHUNKS + STAGE_HALF;  // chunks of activations that a stage meets; of the last, half
+constexpr int STAGE_MMAS = STAGE_K / 32;                // one instruction takes 32 columns
+constexpr int STAGE_WORDS = 4 * STAGE_PLANES;           // 8 codes each, of one thread
 
 constexpr int LINE_BYTES = COLUMNS * CHUNK_K;  // one chunk of activations
 constexpr int MOST_STAGES = UP_STAGES > DOWN_STAGES ? UP_STAGES : DOWN_STAGES;
@@ -77,31 +59,14 @@ constexpr int MAX_PASSES = MAX_PAIRS < SPREAD_PASSES ? MAX_PAIRS : SPREAD_PASSES
 // A ring slot must always belong to the same warpgroup. Else a warpgroup that is ahead waits for a phase whose parity an older phase had,
 // passes, and reads old weights; that was a rare hang.
 static_assert(RING_STAGES % WARPGROUPS == 0, "a ring slot must belong to one warpgroup");
-static_assert(HIDDEN % TILE_ROWS == 0 && INTERMEDIATE % 32 == 0, "sizes that layout.py packs");
-static_assert(STAGE_BYTES % 16 == 0, "what a bulk copy takes");
 static_assert(MAX_TOP_K <= 32, "local slots of a token are bits of a word");
 static_assert(SPLIT_ONCE == 0 || SPLIT_ONCE == 1, "");
 
 // ---- arguments
 
-struct Outlier {  // 32 weights of one row whose scale is too small for the table; zero in the stages
-  int place;      // row of the tile + 64 * (column / 32)
-  float scale;    // relative to the row's factor
-  int unused[2];
-  u8 codes[16];   // as in the checkpoint: the even column in the low nibble
-};
-
-struct Weights {
-  const u8* stages;           // [EXPERTS, tiles, stages of a tile, STAGE_BYTES]
-  const float* row_factor;    // [EXPERTS, tiles * 64], rows in the order of the accumulator
-  const float* bias;          // the same
-  const int* outlier_starts;  // [EXPERTS * tiles + 1]
-  const Outlier* outliers;
-};
-
 struct Arguments {
   Weights up, down;
-  // workspace; x and h rows are in the order of `place_of`, with zeros up to UP_K and DOWN_K
+  // workspace; x and h rows are in the order of `e4m3_place`, with zeros up to UP_K and DOWN_K
   u8 *x_high, *x_low;  // [MAX_TOKENS, UP_K]
   float* x_factor;     // [MAX_TOKENS]
   u8 *h_high, *h_low;  // [MAX_PAIRS, DOWN_K], if H_STATIC
@@ -148,73 +113,33 @@ __device__ __forceinline__ void consumers_meet() { named_barrier(1, CONSUMERS); 
 
 // ---- activations
 
-// Where column k of a row is: within each chunk of 128, thread column c of the tensor core's fragment gets a whole block of 32 weights,
-// one scale, if logical 32c + 8j + 4p + e is at 32j + 16p + 4c + e. A stage's half chunk does it with 16 columns for 32.
-// STRIDE: what a stage takes up, STAGE_K in global memory, STAGE_LINES * 128 in shared memory.
-template <int STRIDE>
-__device__ __forceinline__ int place_of(int k) {
-  int stage = k / STAGE_K, rest = k - stage * STAGE_K;
-  int chunk, c, j;
-  if (!STAGE_HALF || rest < STAGE_CHUNKS * CHUNK_K) {
-    chunk = rest & ~(CHUNK_K - 1);
-    c = (rest >> 5) & 3;
-    j = (rest >> 3) & 3;
-  } else {
-    chunk = STAGE_CHUNKS * CHUNK_K;
-    c = ((rest - chunk) >> 4) & 3;
-    j = (rest >> 3) & 1;
-  }
-  return stage * STRIDE + chunk + 32 * j + 16 * ((rest >> 2) & 1) + 4 * c + (rest & 3);
-}
-
 // Byte offset of `place` in row `row` of the activations in shared memory: 128-byte swizzle, as the descriptor of the tensor core says.
 __device__ __forceinline__ int swizzled(int row, int place) {
   int line = place / CHUNK_K, unit = (place >> 4) & 7;
   return line * LINE_BYTES + (row >> 3) * 1024 + (row & 7) * 128 + ((unit ^ (row & 7)) << 4) + (place & 15);
 }
 
-constexpr float E4M3_MAX = 448.0f;
-constexpr float LEAST_ROW_MAX = 5.3e-36f;  // 448 * 2^-126: the factor of a row is a normal number, and so is its inverse
-
 // 8 bf16 (columns 8 * unit ..) -> high and low, to shared memory or, if `high` is given, to a row in global memory.
 // Not inlined: the first fetch of instructions is in the latency of every call, and unrolled twice this took 13 us of one.
 __device__ __noinline__ void split_8(uint4 eight, int row, int unit, u32 row_max, float* factor, u8* activations, u8* high, u8* low) {
-  float largest_x = __uint_as_float(row_max << 16);
-  int exponent = (int)(__float_as_uint(__fdividef(E4M3_MAX, fmaxf(largest_x, LEAST_ROW_MAX))) >> 23);
+  int exponent = row_exponent(row_max);
   float scale = __uint_as_float((u32)exponent << 23);  // the largest power of two that keeps the row within 448
   if (unit == 0) factor[row] = __uint_as_float((u32)(254 - exponent) << 23);  // its inverse
   u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
   for (int p = 0; p < 2; p++) {
-    float scaled[4], rest[4];
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-      scaled[2 * m] = __uint_as_float(pairs[2 * p + m] << 16) * scale;
-      scaled[2 * m + 1] = __uint_as_float(pairs[2 * p + m] & 0xFFFF0000u) * scale;
-    }
-    u32 high01 = e4m3_pair(scaled[0], scaled[1]), high23 = e4m3_pair(scaled[2], scaled[3]);
-    e4m3_values(high01, rest[0], rest[1]);
-    e4m3_values(high23, rest[2], rest[3]);
-#pragma unroll
-    for (int m = 0; m < 4; m++) rest[m] = (scaled[m] - rest[m]) * LOW_FACTOR;
-    u32 four_high = high01 | (high23 << 16);
-    u32 four_low = e4m3_pair(rest[0], rest[1]) | (e4m3_pair(rest[2], rest[3]) << 16);
+    u32 four_high, four_low;
+    split_4(pairs[2 * p], pairs[2 * p + 1], scale, four_high, four_low);
     if (high) {
-      int place = place_of<STAGE_K>(unit * 8 + 4 * p);
+      int place = e4m3_place<STAGE_K>(unit * 8 + 4 * p);
       *(u32*)(high + place) = four_high;
       *(u32*)(low + place) = four_low;
     } else {
-      int place = place_of<STAGE_LINES * CHUNK_K>(unit * 8 + 4 * p);
+      int place = e4m3_place<STAGE_LINES * CHUNK_K>(unit * 8 + 4 * p);
       *(u32*)(activations + swizzled(row, place)) = four_high;
       *(u32*)(activations + swizzled(row + PASS_TOKENS, place)) = four_low;
     }
   }
-}
-
-// Magnitudes of bf16 are ordered as their bits.
-__device__ __forceinline__ u32 largest_of_8(uint4 v) {
-  return max(max(max(v.x & 0x7FFF, (v.x >> 16) & 0x7FFF), max(v.y & 0x7FFF, (v.y >> 16) & 0x7FFF)),
-             max(max(v.z & 0x7FFF, (v.z >> 16) & 0x7FFF), max(v.w & 0x7FFF, (v.w >> 16) & 0x7FFF)));
 }
 
 constexpr int AT_ONCE = 3;  // 16-byte loads of a thread under way together
@@ -288,11 +213,10 @@ __device__ __noinline__ void add_outliers(float (&sum)[VALUES], const Weights& m
       int column = 8 * (v >> 2) + 2 * column4 + (v & 1);
       float products = 0.0f;
       for (int k = 0; k < 32; k++) {
-        int code = (outlier.codes[k >> 1] >> (4 * (k & 1))) & 15, magnitude = code & 7;
-        float weight = magnitude < 4 ? 0.5f * magnitude : magnitude < 6 ? magnitude - 2.0f : 2.0f * magnitude - 8.0f;
+        float weight = e2m1_value(outlier.codes[k >> 1] >> (4 * (k & 1)));
         float activation, other;
-        e4m3_values(activations[swizzled(column, place_of<STAGE_LINES * CHUNK_K>(group * 32 + k))], activation, other);
-        products += (code & 8 ? -weight : weight) * activation;
+        e4m3_values(activations[swizzled(column, e4m3_place<STAGE_LINES * CHUNK_K>(group * 32 + k))], activation, other);
+        products += weight * activation;
       }
       sum[v] += products * outlier.scale;
     }
@@ -332,26 +256,18 @@ __device__ __forceinline__ void take_stage(Stage& stage, State& state, const u8*
 }
 
 // Fragments of the tensor core: rows r and r + 8 (`half`), columns 4c.. and 16 + 4c.. of each 32.
-// A scale byte d makes the table: codes 0 to 3 are 0, 2^(d-7), 2^(d-6), 1.5 * 2^(d-6) as e4m3, codes 4 to 7 go on from there. All of
-// them are exact for 1 <= d <= 12. A word has the magnitudes of 8 codes in the low three bits of its nibbles, as a byte permutation's
-// selector wants them, and their signs where the sign bits of the first four, then (shifted by 4) of the last four results are.
 __device__ __forceinline__ void expand(u32 (&fragments)[STAGE_MMAS][4], const Stage& stage) {
-  constexpr u32 MAGNITUDES = 0x77777777, SIGNS = 0x80808080;
-  constexpr u32 LOW_CODES = 0x0C080000, HIGH_CODES = 0x1C181410;  // exponents and mantissas of e2m1's 0 0.5 1 1.5 and 2 3 4 6, less d
 #pragma unroll
   for (int chunk = 0; chunk < STAGE_LINES; chunk++) {
     const bool is_half = chunk == STAGE_CHUNKS;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       u32 d = permute_bytes(is_half ? stage.half_scales : stage.scales, 0, 0x1111 * (is_half ? half : 2 * chunk + half));  // four times
-      u32 exponents = d << 3;
-      u32 low_table = (exponents & 0xF8F8F800u) + LOW_CODES, high_table = exponents + HIGH_CODES;  // code 0 is 0 at any scale
+      E4m3Table table = e4m3_table(d);
 #pragma unroll
       for (int j = 0; j < (is_half ? 2 : 4); j++) {
         u32 word = stage.words[is_half ? 8 * STAGE_CHUNKS + 2 * half + j : (2 * chunk + half) * 4 + j];
-        u32 selector = word & MAGNITUDES;
-        fragments[chunk * 4 + j][half] = and_or(word, SIGNS, permute_bytes(low_table, high_table, selector));
-        fragments[chunk * 4 + j][2 + half] = and_or(word << 4, SIGNS, permute_bytes(low_table, high_table, selector >> 16));
+        expand_e4m3(word, table, fragments[chunk * 4 + j][half], fragments[chunk * 4 + j][2 + half]);
       }
     }
   }
@@ -639,8 +555,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
 
         // ---- epilogue: of four values two are of row r and two of r + 8; a token's low column is in the same thread, or with 8 columns
         // in the lane two further
-        const int h_column = row_tile * 32 + (warp_row >> 1) + row8;  // GEMM 1: r is a gate, r + 8 its up
-        const int h_place = place_of<STAGE_K>(h_column);
+        const int column = h_column(row_tile, warp_row >> 4, row8);  // GEMM 1: r is a gate, r + 8 its up
+        const int h_place = h_e4m3_place(row_tile, warp_row >> 4, row8);
 #pragma unroll
         for (int q = 0; q < COLUMNS / 4; q += 4) {
 #pragma unroll
@@ -659,19 +575,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
             const float a = sum[q + parity] + low_a * (1.0f / LOW_FACTOR), b = sum[q + 2 + parity] + low_b * (1.0f / LOW_FACTOR);
             if (phase == 0) {
               const float x_factor = state.factor[row];
-              const float gate = least(a * factor_a * x_factor + bias_a, args.limit);
-              const float up = largest(least(b * factor_b * x_factor + bias_b, args.limit), -args.limit);
-              const float h = gate / (1.0f + __expf(-args.alpha * gate)) * (up + args.beta);
+              const float h = swiglu(a * factor_a * x_factor + bias_a, b * factor_b * x_factor + bias_b, args.alpha, args.beta, args.limit);
               if (H_STATIC) {
+                // rounded to bf16 first, as everywhere, so that its two parts are all of it
                 float high, low, unused;
-                const u32 high_bits = e4m3_pair(h * args.h_scale, 0.0f);
+                const float scaled = bf16_value(h) * args.h_scale;
+                const u32 high_bits = e4m3_pair(scaled, 0.0f);
                 e4m3_values(high_bits, high, unused);
-                low = (h * args.h_scale - high) * LOW_FACTOR;
+                low = (scaled - high) * LOW_FACTOR;
                 const u64 at = (u64)pair * DOWN_K + h_place;
                 args.h_high[at] = (u8)high_bits;
                 args.h_low[at] = (u8)e4m3_pair(low, 0.0f);
-              } else {
-                args.h[(u64)pair * INTERMEDIATE + h_column] = (u16)bf16_pair(h, 0.0f);
+              } else if (column < INTERMEDIATE) {
+                args.h[(u64)pair * INTERMEDIATE + column] = (u16)bf16_pair(h, 0.0f);
               }
             } else {
               const float h_factor = H_STATIC ? 1.0f / args.h_scale : state.factor[row];

@@ -1,4 +1,4 @@
-// Single instructions of sm_90a under names; moe.cu has no other inline assembly.
+// Single instructions of sm_90a under names; there is no other inline assembly.
 #pragma once
 
 typedef unsigned char u8;
@@ -44,6 +44,8 @@ __device__ __forceinline__ u32 bf16_pair(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
   return result;
 }
+
+__device__ __forceinline__ float bf16_value(float rounded) { return __uint_as_float(bf16_pair(rounded, 0.0f) << 16); }
 
 // Unlike fminf and fmaxf these keep a NaN, which a clamp would turn into its limit.
 __device__ __forceinline__ float least(float a, float b) {
@@ -103,6 +105,11 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const void* from) {
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// An arrival of this thread at a barrier, once its copies of 16 bytes so far have arrived; one of those that the barrier expects.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // What a thread stored to shared memory becomes visible to the tensor cores, after the barrier that must follow.
 __device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -124,41 +131,79 @@ __device__ __forceinline__ void add_release(int* counter, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// ---- tensor cores: D [64, COLUMNS] (+)= A [64, 32] in registers times B [COLUMNS, 32] in shared memory, e4m3 into fp32
+// ---- registers of a warpgroup's threads, which all of them change together
+
+template <int COUNT>
+__device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// ---- tensor cores: D [64, COLUMNS] (+)= A [64, K] in registers times B [COLUMNS, K] in shared memory, into fp32; K is 32 e4m3 or 16 bf16
+// numbers. Until `mma_wait` the products may not be read and A may not be changed.
 
 __device__ __forceinline__ void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// All but the newest PENDING commits are done.
+template <int PENDING>
+__device__ __forceinline__ void mma_wait_but() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
 template <int VALUES>
 __device__ __forceinline__ void mma_wait(float (&d)[VALUES]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  mma_wait_but<0>();
 #pragma unroll
   for (int i = 0; i < VALUES; i++) asm volatile("" : "+f"(d[i])::"memory");  // no use of d moves above the wait
 }
 
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u64 b, int accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %9, 0; wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
+#define D_4 "%0,%1,%2,%3"
+#define D_8 D_4 ",%4,%5,%6,%7"
+#define D_16 D_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define D_32 D_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define D_40 D_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define D_48 D_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define D_56 D_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define D_64 D_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define INTO_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define INTO_8(d, i) INTO_4(d, i), INTO_4(d, i + 4)
+#define INTO_16(d, i) INTO_8(d, i), INTO_8(d, i + 8)
+#define INTO_32(d, i) INTO_16(d, i), INTO_16(d, i + 16)
+#define INTO_40(d, i) INTO_32(d, i), INTO_8(d, i + 32)
+#define INTO_48(d, i) INTO_32(d, i), INTO_16(d, i + 32)
+#define INTO_56(d, i) INTO_48(d, i), INTO_8(d, i + 48)
+#define INTO_64(d, i) INTO_32(d, i), INTO_32(d, i + 32)
 
-__device__ __forceinline__ void mma(float (&d)[8], const u32 (&a)[4], u64 b, int accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7}, "
-      "{%8,%9,%10,%11}, %12, p, 1, 1;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
-
-__device__ __forceinline__ void mma(float (&d)[16], const u32 (&a)[4], u64 b, int accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
-        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
+// VALUES of D in a thread are columns / 2; the operands after them are four of A, where B is, and whether D had a value before. The bf16
+// form takes two steps of 16 columns at once, 32 bytes of B apart, and adds: half as many operands for the compiler to bring together.
+#define E4M3_MMA(VALUES, N, A0, A1, A2, A3, B, P)                                                                                        \
+  __device__ __forceinline__ void mma(float (&d)[VALUES], const u32 (&a)[4], u64 b, int accumulate) {                                    \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" D_##VALUES       \
+                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1;}"                                                          \
+                 : INTO_##VALUES(d, 0)                                                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                                 \
+  }
+#define BF16_MMA(VALUES, N, A0, A1, A2, A3, A4, A5, A6, A7, B, C)                                                                        \
+  __device__ __forceinline__ void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u64 b) {                                            \
+    asm volatile("{.reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D_##VALUES             \
+                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N                   \
+                 "k16.f32.bf16.bf16 {" D_##VALUES "}, {%" #A4 ",%" #A5 ",%" #A6 ",%" #A7 "}, %" #C ", p, 1, 1, 0;}"                      \
+                 : INTO_##VALUES(d, 0)                                                                                                   \
+                 : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]), "r"(a[1][3]),       \
+                   "l"(b), "l"(b + 2));                                                                                                  \
+  }
+E4M3_MMA(4, 8, 4, 5, 6, 7, 8, 9)
+E4M3_MMA(8, 16, 8, 9, 10, 11, 12, 13)
+E4M3_MMA(16, 32, 16, 17, 18, 19, 20, 21)
+E4M3_MMA(32, 64, 32, 33, 34, 35, 36, 37)
+E4M3_MMA(40, 80, 40, 41, 42, 43, 44, 45)
+E4M3_MMA(48, 96, 48, 49, 50, 51, 52, 53)
+E4M3_MMA(56, 112, 56, 57, 58, 59, 60, 61)
+E4M3_MMA(64, 128, 64, 65, 66, 67, 68, 69)
+BF16_MMA(16, 32, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25)
+BF16_MMA(32, 64, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41)
+BF16_MMA(40, 80, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49)
+BF16_MMA(48, 96, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57)
+BF16_MMA(56, 112, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65)
+BF16_MMA(64, 128, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73)
 
 // Where B is: rows of 128 bytes, 128-byte swizzle, groups of 8 rows 1024 bytes apart. Low word: address / 16; bit 16 is a stride of 16
 // bytes that this swizzle ignores. High word: 1024 / 16, swizzle mode 1 in its two upper bits.

@@ -1,4 +1,4 @@
-"""The compile-time constants of `moe.cu` for a layer's sizes, as plain numbers."""
+"""What a layer's sizes decide, as plain numbers: the stages of its weights, which kernel a token count gets, the constants of `moe.cu`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ class Stage:
     def padded(self, k: int) -> int:
         return self.count(k) * self.columns
 
+    def filled(self, k: int) -> int:
+        """k, up to the end of the chunk or half chunk that it ends in."""
+        whole, rest = divmod(k, self.columns)
+        return whole * self.columns + min(-(-rest // 128) * 128, self.columns)
+
 
 STAGES = (Stage(chunks=2, half=1), Stage(chunks=2, half=0), Stage(chunks=1, half=1))  # 320 (2880 is 9 of them), 256, 192
 
@@ -66,6 +71,16 @@ class Sizes:
         }
         return next(stage for stage in STAGES if columns[stage] <= PADDING_WORTH_WHILE * min(columns.values()))
 
+    @property
+    def few_up_to(self) -> int:
+        """Tokens up to which moe.cu runs: as long as it has few passes that read an expert's weights once more."""
+        return next(up_to for pairs, up_to in FEW_UP_TO if 128 * TYPICAL_TOP_K / self.num_experts <= pairs)
+
+    @property
+    def pair_up_to(self) -> int:
+        """Tokens up to which prefill.cu takes a pair as two columns of e4m3, where that is possible, and above which it takes bf16."""
+        return int(PAIR_UP_TO * self.num_experts / TYPICAL_TOP_K)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
@@ -83,7 +98,10 @@ TIERS = (
     Tier(max_tokens=64, most_ring_stages=18),
     Tier(max_tokens=128, most_ring_stages=18),
 )
-MAX_TOKENS = TIERS[-1].max_tokens
+# (pairs for an expert on average at 128 tokens, tokens)
+FEW_UP_TO = ((8.0, 128), (float("inf"), 64))
+# pairs for an expert on average: up to there expanding weights is what takes time, and e4m3 takes half of bf16's
+PAIR_UP_TO = 40.0
 SPLIT_ONCE_ABOVE = 8  # tokens; up to these each block splits the rows it needs
 # (pairs for an expert on average, columns of the product: a high and a low one for each token of a pass)
 COLUMNS = ((1.0, 8), (4.0, 16), (float("inf"), 32))

@@ -1,9 +1,10 @@
-// What moe.cu takes from kernels/hopper_mxfp4_bf16_details/ptx.cuh and from CUDA, for a CPU; see run.cpp.
+// What our kernels take from kernels/hopper_mxfp4_bf16_details/ptx.cuh and from CUDA, for a CPU; see run.cpp.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <vector>
 
@@ -30,12 +31,20 @@ template <class T> T max(T a, T b) { return a < b ? b : a; }
 // ---- one block: its threads take turns in one thread of the CPU
 
 struct Meeting { int count = 0; long times = 0; };
-struct Mma { u32 a[4]; u64 b; int accumulate; float* d; };
+struct Mma { const u32* a; u64 b; int accumulate; float* d; int values; bool bf16; };  // a is read when the product is waited for
+struct Piece { u32 to; const void* from; };
+struct Arrival { std::vector<Piece> pieces; u32 barrier; };
 struct Copy { u32 to; const void* from; u32 bytes, barrier; };
 struct Barrier { u16 pending, arrivals; int phase_and_bytes; };  // 8 bytes: phase in bit 0, expected bytes above
 
 struct Index { int x; };
-struct Thread { void* stack_pointer; Index index; bool done; std::vector<Mma> mmas; };
+struct Thread {
+  void* stack_pointer;
+  Index index;
+  bool done;
+  std::deque<std::vector<Mma>> mmas;     // groups; the last one is not committed yet
+  std::vector<Piece> pieces;          // copies of 16 bytes that nobody waits for yet
+};
 
 struct Block {
   u8* memory;
@@ -47,6 +56,7 @@ struct Block {
   Meeting all, named[16], warps[64];
   u64 exchanged[64][32];
   std::vector<Copy> copies;
+  std::vector<Arrival> arrivals;
 };
 
 extern thread_local Block* emulated_block;
@@ -134,8 +144,18 @@ inline int load_acquire(const int* flag) {
 inline void store_release(int* flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline void add_release(int* counter, int value) { __atomic_fetch_add(counter, value, __ATOMIC_SEQ_CST); }
 inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - shared_memory); }
-inline void copy_16_bytes(u32 to, const void* from) { memcpy(shared_memory + to, from, 16); }
-inline void wait_for_copies() {}
+inline void copy_16_bytes(u32 to, const void* from) { emulated_block->current->pieces.push_back({to, from}); }
+inline void wait_for_copies() {
+  for (const Piece& piece : emulated_block->current->pieces) memcpy(shared_memory + piece.to, piece.from, 16);
+  emulated_block->current->pieces.clear();
+}
+inline void arrive_after_copies(u32 barrier) {
+  for (const Piece& piece : emulated_block->current->pieces) memset(shared_memory + piece.to, 0xFF, 16);
+  emulated_block->arrivals.push_back({std::move(emulated_block->current->pieces), barrier});
+  emulated_block->current->pieces.clear();
+}
+template <int COUNT> void fewer_registers() {}
+template <int COUNT> void more_registers() {}
 inline void show_to_tensor_cores() {}
 inline void prefetch_to_l2(const void*) {}
 
@@ -210,29 +230,41 @@ inline u32 bf16_bits(float value) {
   return std::isnan(value) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 inline u32 bf16_pair(float first, float second) { return bf16_bits(first) | bf16_bits(second) << 16; }
+inline float bf16_value(float rounded) { return __uint_as_float(bf16_bits(rounded) << 16); }
 
 // ---- tensor cores: the four threads of a row share its fragments when they wait for the products
 
 inline u32 descriptor_low(u32 address) { return address >> 4; }
 inline u64 descriptor(u32 low) { return low; }
-inline void mma_begin() { emulated_block->current->mmas.clear(); }
-inline void mma_commit() {}
+inline void mma_begin() {}
+inline void mma_commit() { emulated_block->current->mmas.emplace_back(); }
 template <int VALUES> void mma(float (&d)[VALUES], const u32 (&a)[4], u64 b, int accumulate) {
-  emulated_block->current->mmas.push_back({{a[0], a[1], a[2], a[3]}, b, accumulate, d});
+  emulated_block->current->mmas.back().push_back({a, b, accumulate, d, VALUES, false});
 }
-float product(const u32 (&fragments)[4][4], int half, const u8* memory, u32 address, int column);
+template <int VALUES> void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u64 b) {
+  emulated_block->current->mmas.back().push_back({a[0], b, 1, d, VALUES, true});
+  emulated_block->current->mmas.back().push_back({a[1], b + 2, 1, d, VALUES, true});
+}
+float product(const u32 (&fragments)[4][4], bool bf16, int half, const u8* memory, u32 address, int column);
 
-template <int VALUES> void mma_wait(float (&)[VALUES]) {
+template <int PENDING> void mma_wait_but() {
   __syncwarp();
   const int lane = emulated_lane(), first = threadIdx.x & ~3;
-  for (size_t i = 0; i < emulated_block->current->mmas.size(); i++) {
-    const Mma& mma = emulated_block->current->mmas[i];
-    u32 fragments[4][4];
-    for (int c = 0; c < 4; c++) memcpy(fragments[c], emulated_block->thread[first + c].mmas[i].a, 16);
-    for (int v = 0; v < VALUES; v++) {
-      float sum = product(fragments, v >> 1 & 1, shared_memory, (u32)mma.b << 4, 8 * (v >> 2) + 2 * (lane & 3) + (v & 1));
-      mma.d[v] = mma.accumulate ? mma.d[v] + sum : sum;
+  auto& groups = emulated_block->current->mmas;
+  while (groups.size() > PENDING + 1) {
+    for (size_t i = 0; i < groups.front().size(); i++) {
+      const Mma& mma = groups.front()[i];
+      u32 fragments[4][4];
+      for (int c = 0; c < 4; c++) memcpy(fragments[c], emulated_block->thread[first + c].mmas.front()[i].a, 16);
+      for (int v = 0; v < mma.values; v++) {
+        float sum = product(fragments, mma.bf16, v >> 1 & 1, shared_memory, (u32)mma.b << 4, 8 * (v >> 2) + 2 * (lane & 3) + (v & 1));
+        mma.d[v] = mma.accumulate ? mma.d[v] + sum : sum;
+      }
     }
+    __syncwarp();  // all four have read the fragments
+    groups.pop_front();
+    __syncwarp();
   }
   __syncwarp();
 }
+template <int VALUES> void mma_wait(float (&)[VALUES]) { mma_wait_but<0>(); }

@@ -1,4 +1,4 @@
-// Runs the kernel of moe.cu on a CPU: every thread of a block has its own stack and they take turns, every block is a thread of the CPU.
+// Runs a kernel of ours, moe.cu or with -DPREFILL prefill.cu, on a CPU: every thread of a block has its own stack and they take turns, every block is a thread of the CPU.
 //
 // It shows what is computed and whether threads wait for the right thing. `seed` lets warps run at uneven, random speeds and copies arrive
 // late, and a copy that is under way leaves NaNs, so that a wait that is missing or waits for the wrong phase is seen. It does not show the
@@ -42,24 +42,35 @@ __attribute__((noinline)) void yield() { switch_stack(&emulated_block->current->
 
 static float E4M3[256];
 
-float product(const u32 (&fragments)[4][4], int half, const u8* memory, u32 address, int column) {
+float product(const u32 (&fragments)[4][4], bool bf16, int half, const u8* memory, u32 address, int column) {
   float sum = 0;
-  for (int k = 0; k < 32; k++) {
-    u32 word = fragments[k >> 2 & 3][half + 2 * (k >> 4)];
-    u32 at = address + (column >> 3) * 1024 + (column & 7) * 128 + k;
+  for (int k = 0; k < (bf16 ? 16 : 32); k++) {
+    u32 at = address + (column >> 3) * 1024 + (column & 7) * 128 + (bf16 ? 2 * k : k);
     at ^= (at >> 7 & 7) << 4;  // 128-byte swizzle, of the address
-    sum += E4M3[word >> (8 * (k & 3)) & 0xFF] * E4M3[memory[at]];
+    if (bf16) {
+      u32 word = fragments[k >> 1 & 3][half + 2 * (k >> 3)];
+      sum += __uint_as_float((k & 1 ? word >> 16 : word & 0xFFFF) << 16) * __uint_as_float((u32)(memory[at] | memory[at + 1] << 8) << 16);
+    } else {
+      u32 word = fragments[k >> 2 & 3][half + 2 * (k >> 4)];
+      sum += E4M3[word >> (8 * (k & 3)) & 0xFF] * E4M3[memory[at]];
+    }
   }
   return sum;
 }
 
+#ifdef PREFILL
+#include "prefill.cu"
+#define KERNEL hopper_mxfp4_prefill
+#else
 #include "moe.cu"
+#define KERNEL hopper_mxfp4_bf16
+#endif
 
 static const Arguments* arguments;
 static std::atomic<bool> stuck;
 
 static void thread_main() {
-  hopper_mxfp4_bf16(*arguments);
+  KERNEL(*arguments);
   emulated_block->current->done = true;
   for (;;) yield();
 }
@@ -79,7 +90,7 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
   for (int i = 0; i < THREADS; i++) {
     void** top = (void**)(stacks + STACK * (i + 1)) - 2;
     *top = (void*)thread_main;  // the stack as if thread_main had just been called
-    threads[i] = {top - 6, {i}, false, {}};
+    threads[i] = {top - 6, {i}, false, {{}}, {}};
   }
   std::mt19937 random(seed * 1000 + index);
   unsigned slowness[64] = {};
@@ -98,6 +109,18 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
       memcpy(block.memory + copy.to, copy.from, copy.bytes);
       Barrier& barrier = barrier_at(copy.barrier);
       barrier.phase_and_bytes -= 2 * copy.bytes;
+      barrier_settle(barrier);
+    }
+    for (size_t i = 0; i < block.arrivals.size();) {
+      if (seed && random() % 16) {
+        i++;
+        continue;
+      }
+      const Arrival arrival = std::move(block.arrivals[i]);
+      block.arrivals.erase(block.arrivals.begin() + i);
+      for (const Piece& piece : arrival.pieces) memcpy(block.memory + piece.to, piece.from, 16);
+      Barrier& barrier = barrier_at(arrival.barrier);
+      barrier.pending--;
       barrier_settle(barrier);
     }
     for (int warp = 0; warp < WARPS; warp++) {
@@ -130,7 +153,11 @@ extern "C" int run(const Arguments* args, int blocks, unsigned seed, double seco
 }
 
 extern "C" int size_of(int what) {
+#ifdef PREFILL
+  constexpr int sizes[] = {sizeof(Arguments), STAGE_BYTES, PASS_TILES_DONE, STATE_OFFSET + STATE_BYTES, sizeof(State), UP_K, DOWN_K, UP_TILES};
+#else
   constexpr int sizes[] = {sizeof(Arguments), STAGE_BYTES, TOKEN_SPLIT + MAX_TOKENS, STATE_OFFSET + STATE_BYTES,
                            sizeof(State),     UP_K,        DOWN_K,                   MAX_PASSES};
+#endif
   return sizes[what];
 }

@@ -11,16 +11,14 @@ from moebench.check import compare
 from moebench.device import detect
 from moebench.kernels.hopper_mxfp4_bf16 import HopperMxfp4Bf16
 from moebench.kernels.hopper_mxfp4_bf16_details import launch
-from moebench.kernels.hopper_mxfp4_bf16_details.shape import MAX_TOKENS
-from moebench.mx import Mxfp4, dequantize_mxfp4
 from moebench.problem import Layer, Swiglu, Tokens, make_layer, make_tokens
 from moebench.reference.torch_experts import experts as reference
-from moebench.reference.torch_experts import plain_float32, swiglu
 
 pytestmark = pytest.mark.gpu
 BACKEND = HopperMxfp4Bf16()
-COUNTS = (1, 2, 3, 8, 9, 16, 32, 33, 64, 65, 127, 128)
-REL_L2 = 0.003  # 0.0018 to 0.0019 were measured, nearly all of it the last rounding
+MAX_TOKENS = 3000
+COUNTS = (1, 2, 3, 8, 9, 16, 32, 33, 64, 65, 127, 128, 129, 320, 321, 1025, 2881)
+REL_L2 = 0.0025  # up to 0.0021 were measured where sums are kept in float32, 0.0024 where slots are rounded to bf16 before they are added
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,58 +51,22 @@ def assert_right(call: launch.Loaded, layer: Layer, tokens: Tokens) -> torch.Ten
     error = compare(out, want, "bf16")
     assert error.ok, diagnosis(call, layer, tokens, out, want)
     assert error.rel_l2 <= REL_L2, diagnosis(call, layer, tokens, out, want)
-    assert not call.prepared.workspace.counters.any(), (
-        "the launch left its counters changed: the next one would wait for ever or not at all"
-    )
+    for work in [call.prepared.workspace, *(many.workspace for many in call.prepared.many)]:
+        assert work is None or not work.counters.any(), (
+            "the launch left its counters changed: the next one would wait for ever or not at all"
+        )
     return out
 
 
 def diagnosis(call, layer, tokens, out, want):
-    """Where the output is wrong, and whether h, which the workspace still has, was wrong already."""
+    """Where the output is wrong."""
     error = compare(out, want, "bf16")
     size = want.square().mean().sqrt().clamp_min(1e-30)
     bad = ~((out.float() - want).abs() <= 0.1 * torch.maximum(want.abs(), size))  # NaN is bad
-    variant = next(k.variant for k in call.kernels if tokens.num_tokens <= k.variant.tier.max_tokens)
-    lines = [
-        f"{tokens.num_tokens} tokens, {variant.columns} columns, {variant.ring_stages} ring stages: {error}",
-        f"out: {int(bad.sum())} elements off, {int(out.isnan().sum())} NaN; tokens {some(bad.any(1))}; "
-        f"tiles of 64 columns {some(tiles(bad))}",
-    ]
-    got, exact, ids = h_of(call, layer, tokens)
-    bad = ~((got - exact).abs() <= 0.02 * exact.abs() + 0.01)
-    lines.append(f"h: {int(bad.sum())} elements off; pairs {some(bad.any(1))}; their experts {sorted(set(ids[bad.any(1)].tolist()))}; ")
-    lines[-1] += f"columns {some(bad.any(0))}; so {'GEMM 1 or x is wrong' if bad.any() else 'h is right, GEMM 2 or the sum is wrong'}"
-    return "\n".join(lines)
-
-
-def h_of(call, layer, tokens):
-    """h of local pairs from the workspace, from the reference, and their local experts."""
-    ids = tokens.topk_ids.flatten().long() - layer.local_expert_start
-    pairs = ((ids >= 0) & (ids < layer.num_local_experts)).nonzero().flatten()
-    exact = torch.empty(len(pairs), layer.intermediate_size, device=ids.device)
-    with plain_float32():
-        for i, pair in enumerate(pairs.tolist()):
-            expert = int(ids[pair])
-            w13 = dequantize_mxfp4(Mxfp4(layer.w13.codes[expert], layer.w13.scales[expert]))
-            y = tokens.hidden_states[pair // tokens.topk_ids.shape[1]].float() @ w13.T
-            exact[i] = swiglu((y if layer.b13 is None else y + layer.b13[expert]).view(1, -1), layer.swiglu)[0]
-    work, scale = call.prepared.workspace, call.prepared.h_scale
-    if scale is None:
-        return work.h[pairs].float(), exact, ids[pairs]
-    both = work.h_high[pairs].view(torch.float8_e4m3fn).float() + work.h_low[pairs].view(torch.float8_e4m3fn).float() / 16
-    places = place_of(layer.intermediate_size, call.kernels[0].variant.sizes.stage)
-    return both[:, places.to(both.device)] / scale, exact, ids[pairs]
-
-
-def place_of(columns, stage):
-    """`place_of` of moe.cu in global memory."""
-    k = torch.arange(columns)
-    rest = k % stage.columns
-    whole = rest < 128 * stage.chunks
-    chunk = torch.where(whole, rest & ~127, 128 * stage.chunks)
-    c = torch.where(whole, rest >> 5 & 3, rest - chunk >> 4 & 3)
-    j = torch.where(whole, rest >> 3 & 3, rest >> 3 & 1)
-    return k - rest + chunk + 32 * j + 16 * (rest >> 2 & 1) + 4 * c + (rest & 3)
+    return (
+        f"{tokens.num_tokens} tokens: {error}\nout: {int(bad.sum())} elements off, {int(out.isnan().sum())} NaN; "
+        f"tokens {some(bad.any(1))}; tiles of 64 columns {some(tiles(bad))}"
+    )
 
 
 def tiles(bad):
