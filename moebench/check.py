@@ -100,6 +100,10 @@ def inspect(
             if not _same_bits(first, out):
                 error = compare(first, reference, act_dtype)
                 return Finding(status="nondeterministic", reason=_difference(first, out), error=error, differing=differing)
+        for out in (nan, sentinel):
+            if not _same_bits(first, out):
+                reason = f"{_difference(first, out)}, once unwritten memory is poisoned: the result depends on what that holds"
+                return Finding(status="nondeterministic", reason=reason, error=compare(first, reference, act_dtype), differing=differing)
     judged = [(out, compare(out, reference, act_dtype)) for out in (outputs if differing and not deterministic else (first,))]
     # a launch out of tolerance before any within it, by either measure
     worst, error = max(judged, key=lambda pair: (not pair[1].ok, pair[1].rel_l2))

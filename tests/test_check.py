@@ -240,10 +240,23 @@ def test_a_declared_jitter_within_tolerance_is_ok_and_counted(at):
     assert found.error.ok
 
 
-@pytest.mark.parametrize("at", [{0}, {1}, {2}])
+@pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}])
 def test_the_same_jitter_undeclared_is_nondeterministic(at):
     found = judged(jittering(at, 1 + 2**-7))
     assert (found.status, found.differing) == ("nondeterministic", 1)
+
+
+def test_a_finite_result_that_depends_on_memory_which_nobody_wrote_is_found():
+    def call(layer, tokens):
+        out = right(layer, tokens)
+        scratch = torch.empty(1)
+        out[4, 77] *= 1 + 2**-7 * float(scratch > 2.0**99)  # hardly ever what memory holds, but for the poison
+        return out
+
+    found = judged(call)
+    assert (found.status, found.differing) == ("nondeterministic", 1)
+    assert found.reason.endswith("once unwritten memory is poisoned: the result depends on what that holds")
+    assert found.error.ok
 
 
 @pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}])

@@ -168,7 +168,7 @@ def most_tiles(num_pairs: int, experts: int, tokens: int) -> int:
 
 
 def _on(kernel: Any, grid: tuple[int, ...], only_compile: bool) -> Callable[..., object]:  # Triton types neither way
-    return partial(kernel.warmup, grid=grid) if only_compile else kernel[grid]  # type: ignore[no-any-return]
+    return partial(kernel.warmup, grid=grid) if only_compile else kernel[grid]
 
 
 @contextmanager
