@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 
@@ -149,7 +150,7 @@ def run(
                 log = logs / f"{len(todo):03}-{_file_name(tasks[0].point.backend)}.log"
                 todo.append(_Group(tasks=tasks, log=log))
     with _Supervisor(plan, found, run_id, watch, rules or Rules(), halt) as supervisor:
-        for group, following in zip(todo, [*todo[1:], None], strict=True):
+        for group, following in zip_longest(todo, todo[1:]):
             for record in supervisor.run_group(group, following):
                 yield _doubted(replace(record, run_id=run_id, time=_now()), sensors)
             if halt():

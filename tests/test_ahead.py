@@ -85,6 +85,11 @@ def test_a_run_that_is_left_early_leaves_nobody_waiting(seen, tmp_path):
     assert all(one._process.poll() is not None for one in seen.started)
 
 
+def test_where_nothing_is_left_to_do_nobody_is_started(seen, tmp_path):
+    assert [row.status for row in records(plan("fault_skips"), tmp_path, ahead=True)] == ["skipped"]
+    assert seen.started == []
+
+
 def test_a_cpu_is_what_is_timed_and_so_left_in_peace(seen, tmp_path):
     assert [row.status for row in records(plan("fault_ok", "torch"), tmp_path)] == ["ok"] * 2
     assert seen.held == [False, False]
