@@ -38,6 +38,7 @@ DEADLINES_S: Mapping[str, float] = {
     "interrupt": 30,
 }
 MAX_DEATHS = 3  # workers of one group in a row without an ok between them; then its remaining cases are failed with the reason
+MAX_DEVICE_DEATHS = 12  # of whatever backend; then the device is quarantined although its probes are well
 PROBE_PAUSES_S = (0.0, 2.0, 5.0)  # before each probe after an abnormal end; when the last one fails too, the device is quarantined
 CORES_AHEAD = 4  # of ours; on fewer, a worker that imports would disturb the one that measures
 REPEAT_CHECK = 300  # launches; finds what happens once in a hundred with 95 %
@@ -186,6 +187,7 @@ class _Supervisor:
     def __init__(self, plan: Plan, found: Survey, run_id: str, watch: Watch, rules: Rules, halt: Callable[[], bool]) -> None:
         self._plan, self._found, self._run_id, self._watch, self._rules, self._halt = plan, found, run_id, watch, rules, halt
         self._quarantine = ""  # why the device gets no more cases
+        self._deaths = 0  # of workers of all groups in a row, without an ok between them
         self._waiting: tuple[_Group, Child] | None = None  # started early; touches no GPU before its turn
 
     def __enter__(self) -> _Supervisor:
@@ -214,7 +216,8 @@ class _Supervisor:
                         if turn.phase == "jit" and following and self._rules.starts_ahead(self._found.device) and not self._halt():
                             self._start_ahead(following)
                     if record is not None:
-                        deaths = 0 if record.status == "ok" else deaths
+                        if record.status == "ok":
+                            deaths = self._deaths = 0
                         yield record
                     if turn.again or turn.failure or (record is not None and self._halt()):
                         child.dismiss()
@@ -229,6 +232,7 @@ class _Supervisor:
             retried = turn.again
             if failure is not None:
                 deaths += 1
+                self._deaths += 1
                 failure = replace(failure, reason=f"{failure.reason} (see logs/{log.name})")
                 hopeless = not turn.prepared or deaths > MAX_DEATHS
                 for task in list(left) if hopeless else left[:1] if turn.midway else []:
@@ -237,6 +241,9 @@ class _Supervisor:
             if failure is not None or turn.last_status == "cuda_error":
                 needed = left[0].case.device_bytes if left else 0
                 self._quarantine = self._probe(needed, failure.reason if failure else "a CUDA error", log)
+            if failure is not None and self._deaths >= MAX_DEVICE_DEATHS and not self._quarantine:
+                told = f"{self._deaths} workers in a row ended abnormally and no case was ok between them, the last one: {failure.reason}"
+                self._quarantine = self._not_tried(told)
         if self._quarantine:
             yield from (task.failed(Failure(status="failed", reason=self._quarantine)) for task in left)
 
@@ -287,10 +294,10 @@ class _Supervisor:
                 return ""
             said = str(verdict.get("reason")) if isinstance(verdict, dict) else ""
             told = said or (child.failure or of_exit(0, "probe")).reason + child.last_words()
-        return (
-            f"not tried: {self._found.device.name} is quarantined, {len(PROBE_PAUSES_S)} probes failed in a row, the last one: {told}; "
-            f"before that, {after}; when the device is well again, --resume goes on"
-        )
+        return self._not_tried(f"{len(PROBE_PAUSES_S)} probes failed in a row, the last one: {told}; before that, {after}")
+
+    def _not_tried(self, why: str) -> str:
+        return f"not tried: {self._found.device.name} is quarantined, {why}; when the device is well again, --resume goes on"
 
 
 class _Turn:

@@ -85,6 +85,14 @@ def test_a_run_that_is_left_early_leaves_nobody_waiting(seen, tmp_path):
     assert all(one._process.poll() is not None for one in seen.started)
 
 
+def test_a_device_on_which_only_deaths_follow_each_other_is_quarantined_and_nobody_goes_on_waiting(seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "MAX_DEVICE_DEATHS", 2)
+    rows = list(records(plan("fault_dies", "fault_ok", tokens=(1, 2, 3)), tmp_path, ahead=True))
+    assert [row.status for row in rows] == ["crash"] * 2 + ["failed"] * 4
+    assert all("is quarantined, 2 workers in a row ended abnormally and no case was ok between" in row.reason for row in rows[2:])
+    assert all(one._process.poll() is not None for one in seen.started)
+
+
 def test_where_nothing_is_left_to_do_nobody_is_started(seen, tmp_path):
     assert [row.status for row in records(plan("fault_skips"), tmp_path, ahead=True)] == ["skipped"]
     assert seen.started == []

@@ -27,8 +27,10 @@ PROMISES = {  # sentence -> (module, test), ...
         (AHEAD, "test_a_run_that_is_left_early_leaves_nobody_waiting"),
     ],
     "After an abnormal end the device gets its next case only once a fresh process has found it well; "
-    "after three failed probes it is quarantined, and the rows that are left say so.": [
+    "after three failed probes, or twelve workers that ended so without an ok row between them, it is quarantined, "
+    "and the rows that are left say so.": [
         (SWEEP, "test_a_device_on_which_nothing_starts_any_more_is_quarantined"),
+        (AHEAD, "test_a_device_on_which_only_deaths_follow_each_other_is_quarantined_and_nobody_goes_on_waiting"),
     ],
     "The command itself never imports torch and never owns a CUDA context.": [
         (SWEEP, "test_the_supervisor_never_imports_torch"),
