@@ -4,29 +4,24 @@ Measured in a process of its own, since the command line never imports torch; `r
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from math import ceil
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, BinaryIO
 
+from moebench.child import spawn
 from moebench.device import Device, detect
-from moebench.leash import send, serve
+from moebench.failure import of_exit, without_advice
+from moebench.leash import send, serve, take
 from moebench.record import Timing
 from moebench.roofline import Rate, Roofs, RoofsError, roofs_from_dict, roofs_to_dict
 
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).parents[1]  # so that the child of a bare checkout finds moebench from any working directory
+DEADLINES_S = {"start": 120.0}  # importing torch; each measurement has a minute
 REGION_US = 200.0  # of back-to-back calls between two events: the events' own resolution is 0.5 us
 GPU_SAMPLES = 50
 GPU_BYTES = 2 << 30  # of a buffer: 30 times the largest L2, and 0.25 ms of reading at 8 TB/s
@@ -45,32 +40,19 @@ Tell = Callable[[str], None]
 def roofs_of_this_machine() -> Iterator[str | Roofs]:
     """What is being measured, then the roofs. An exception or a closed iterator ends the child.
 
-    Raises RoofsError with what the child said where it ends without roofs."""
-    read_end, write_end = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moebench.calibrate", str(write_end)],
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        pass_fds=[write_end],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
-        start_new_session=True,  # Ctrl-C is the parent's to handle
-    )
-    os.close(write_end)
+    Raises RoofsError with the reason where it ends without roofs, or stays silent for too long."""
     found = False
-    try:
-        with open(read_end, "rb") as pipe:  # noqa: PTH123  a file descriptor
-            for line in pipe:
-                frame: dict[str, object] = json.loads(line)
-                if "failed" in frame:
-                    raise RoofsError(str(frame["failed"]))
-                found = found or "roofs" in frame
-                yield roofs_from_dict(frame["roofs"]) if "roofs" in frame else str(frame["progress"])
-        if not found:
-            raise RoofsError(f"the process that measures ended with exit code {process.wait()}; what it said is above")
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it holds nothing that needs to be put away
-        process.wait()
+    with spawn("moebench.calibrate", {}, DEADLINES_S) as child:
+        for frame in child.frames():
+            if "failed" in frame:
+                raise RoofsError(str(frame["failed"]))
+            if "phase" in frame:
+                yield child.phase
+            elif "roofs" in frame:
+                found = True
+                yield roofs_from_dict(frame["roofs"])
+    if not found:
+        raise RoofsError(without_advice((child.failure or of_exit(0, child.phase)).reason) + child.last_words())
 
 
 def calibrate(device: Device, tell: Tell = lambda what: None) -> Roofs:
@@ -109,7 +91,7 @@ def main(pipe: BinaryIO) -> None:
     if device.torch is None:
         send(pipe, {"failed": "torch is not installed, and it is what measures; install it with: pip install torch"})
         return
-    roofs = calibrate(device, lambda what: send(pipe, {"progress": what}))
+    roofs = calibrate(device, lambda what: send(pipe, {"phase": what}))
     send(pipe, {"roofs": roofs_to_dict(roofs)})
 
 
@@ -249,4 +231,5 @@ def _today() -> str:
 
 
 if __name__ == "__main__":
+    take()  # there is nothing to ask for; with it the child is on the leash
     serve(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from moebench.failure import Failure, innermost, of_exit, overdue
+from moebench.leash import GO
 
 ROOT = Path(__file__).parents[1]  # so that a child of a bare checkout finds moebench from any working directory
 SILENCE_S = 60.0  # the deadline of a phase that has none of its own
@@ -22,6 +24,9 @@ TICK_S = 0.2  # between two looks at whether the child is still there and whethe
 TERM_S, KILL_S, DUMP_S = 2.0, 10.0, 2.0  # the ladder: stack dump, SIGTERM, SIGKILL to the session
 LOG_HEAD_BYTES = LOG_TAIL_BYTES = 256 << 10  # a backend that writes 200 MB of warnings may not fill the disk
 FRAME_BYTES_LIMIT = 64 << 20
+SECRET = re.compile(
+    r"PASSW|SECRET|CREDENTIAL|APIKEY|(?:^|_)(?:TOKEN|AUTH|PASS|PAT)(?:_|$)|(?:API|ACCESS|PRIVATE|SIGNING|ENCRYPTION)_KEY", re.IGNORECASE
+)
 
 Frame = dict[str, object]
 
@@ -29,7 +34,13 @@ Frame = dict[str, object]
 @contextmanager
 def spawn(module: str, request: Mapping[str, object], deadlines_s: Mapping[str, float], log: Path | None = None) -> Iterator[Child]:
     """Runs `python -m module FD`; leaving the block ends it and whatever it started."""
-    child = Child(module, request, deadlines_s, log)
+    with leashed(Child(module, request, deadlines_s, log)) as child:
+        yield child
+
+
+@contextmanager
+def leashed(child: Child) -> Iterator[Child]:
+    """Leaving the block ends it and whatever it started."""
     try:
         yield child
     except BaseException:
@@ -39,10 +50,19 @@ def spawn(module: str, request: Mapping[str, object], deadlines_s: Mapping[str, 
         child.stop()
 
 
+def environment() -> dict[str, str]:
+    """Ours without what is secret by its name: a child runs other people's kernels, which need none of it."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {name: value for name, value in os.environ.items() if not SECRET.search(name)} | {"PYTHONPATH": path}
+
+
 class Child:
     """The parent's side. The child's is `moebench.leash`."""
 
-    def __init__(self, module: str, request: Mapping[str, object], deadlines_s: Mapping[str, float], log: Path | None) -> None:
+    def __init__(
+        self, module: str, request: Mapping[str, object], deadlines_s: Mapping[str, float], log: Path | None, *, held: bool = False
+    ) -> None:
+        """held: it is started before its turn, and waits for release."""
         self.phase = "start"  # the last that it announced
         self.failure: Failure | None = None  # what is known against it: complete once the block is left
         self.interrupted = False  # stopped because the user wanted to, before it was done
@@ -52,21 +72,27 @@ class Child:
         self._dismissed = False
         self._selector = selectors.DefaultSelector()
         read_end, write_end = os.pipe()
+        gate, opener = os.pipe() if held else (None, None)
+        theirs = [fd for fd in (write_end, gate) if fd is not None]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(write_end)],
+                [sys.executable, "-m", module, *map(str, theirs)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[write_end],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+                pass_fds=theirs,
+                env=environment(),
                 start_new_session=True,  # Ctrl-C is the parent's to handle, and killpg reaches what the child starts
             )
         except BaseException:
-            os.close(read_end)
+            for fd in (read_end, opener):
+                if fd is not None:
+                    os.close(fd)
             raise
         finally:
-            os.close(write_end)
+            for fd in theirs:
+                os.close(fd)
+        self._opener = opener
         assert self._process.stdin is not None  # PIPE, as stdout
         assert self._process.stdout is not None
         self._frames, self._in, self._out = read_end, self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -75,6 +101,8 @@ class Child:
         self._selector.register(self._frames, selectors.EVENT_READ)
         self._selector.register(self._out, selectors.EVENT_READ)
         self._selector.register(self._in, selectors.EVENT_WRITE)
+        if held:
+            self._send()  # at once: nobody listens to it before its turn
 
     @property
     def pid(self) -> int:
@@ -112,6 +140,14 @@ class Child:
                 yield frame
                 heard = time.monotonic()  # what the parent did with it is not the child's silence
 
+    def release(self) -> None:
+        """Its turn has come; nothing where it was not held."""
+        if self._opener is not None:
+            with suppress(OSError):  # it died while it waited; its exit code tells
+                os.write(self._opener, GO)
+            os.close(self._opener)
+            self._opener = None
+
     def dismiss(self) -> None:
         """Leave it no time to end by itself."""
         self._dismissed = True
@@ -138,6 +174,8 @@ class Child:
         self._log.close()
         self._selector.close()
         os.close(self._frames)
+        if self._opener is not None:
+            os.close(self._opener)
         for stream in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
                 stream.close()  # type: ignore[union-attr]  # both are pipes

@@ -116,6 +116,11 @@ def overdue(phase: str, deadline_s: float, where: str) -> Failure:
     )
 
 
+def without_advice(reason: str) -> str:
+    """For commands that have no --deadline."""
+    return re.sub(r" \(--deadline [^)]*\)", "", reason)
+
+
 def shortage(predicted_bytes: int, free_bytes: int) -> Failure | None:
     """Before trying: out of memory where the estimate does not fit what is free."""
     if predicted_bytes <= free_bytes:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
+GO = b"!"  # what the parent sends a process that it started before its turn
+
 
 def take() -> dict[str, object]:
     """The request. From here on SIGUSR1 writes every thread's stack to stderr, and this process group does not outlive its parent,
@@ -31,6 +33,16 @@ def take() -> dict[str, object]:
     return request
 
 
+def wait_for_turn(meanwhile: Callable[[], None]) -> None:
+    """Where the parent started this process before its turn: do what may be done by then, and wait. Ends it where the turn never comes."""
+    if len(sys.argv) < 3:
+        return
+    meanwhile()
+    with open(int(sys.argv[2]), "rb") as gate:  # noqa: PTH123  a file descriptor
+        if gate.read(1) != GO:
+            sys.exit()
+
+
 def send(pipe: BinaryIO, frame: Mapping[str, object]) -> None:
     """One frame is one line of JSON, on a pipe of its own, since libraries print on stdout."""
     pipe.write(json.dumps(frame, allow_nan=False, separators=(",", ":")).encode() + b"\n")
@@ -38,6 +50,6 @@ def send(pipe: BinaryIO, frame: Mapping[str, object]) -> None:
 
 
 def serve(main: Callable[[BinaryIO], None]) -> None:
-    """Run main with the pipe whose file descriptor is the first argument of this process."""
+    """Run main with the pipe whose file descriptor is the first argument of this process; a second is of the pipe that says GO."""
     with open(int(sys.argv[1]), "wb") as pipe:  # noqa: PTH123  a file descriptor
         main(pipe)

@@ -36,16 +36,23 @@ class Mxfp8:
     scales: Tensor  # uint8 [..., N, K // 32], E8M0
 
 
-def dequantize_mxfp4(w: Mxfp4, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_mxfp4(w: Mxfp4, dtype: torch.dtype = torch.float32, pairs: Tensor | None = None) -> Tensor:
     """[..., N, K], exact in float32 and float64, and in bfloat16 too: a value has two significant bits.
 
-    Scale 255 gives NaN. 2^126 and above may exceed float32 and then give Inf."""
-    pairs = decode_e2m1(torch.arange(256, device=w.codes.device, dtype=torch.uint8), dtype).flatten()  # [512]: low, high of each byte
+    Scale 255 gives NaN. 2^126 and above may exceed float32 and then give Inf.
+    pairs: byte_values of the same device and dtype, for who has it already: making it waits for a GPU."""
+    if pairs is None:
+        pairs = byte_values(w.codes.device, dtype)
     # a byte's two values travel as one 8-byte (or wider, or narrower) unit: half the look-ups
     unit = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[pairs.element_size()]
     values = pairs.view(unit).index_select(0, w.codes.flatten().int()).view(dtype)
     blocks = values.view(*w.scales.shape, BLOCK)
     return blocks.mul_(decode_e8m0(w.scales, dtype).unsqueeze(-1)).flatten(-2)
+
+
+def byte_values(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[512]: the low and the high value of each of 256 bytes of codes."""
+    return decode_e2m1(torch.arange(256, device=device, dtype=torch.uint8), dtype).flatten()
 
 
 def quantize_mxfp4(x: Tensor, scale_rule: ScaleRule = "ocp") -> Mxfp4:

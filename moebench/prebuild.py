@@ -12,14 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import BinaryIO
 
 from moebench import registry
 from moebench.backend import BuildFailed, BuildState, BuildStep, CannotBuild, Prebuilds
+from moebench.child import environment
 from moebench.leash import send
 
-ROOT = Path(__file__).parents[1]  # so that the child of a bare checkout finds moebench from any working directory
 GRACE_S = 60.0  # for compilers to end and ninja to remove what they left half written
 NO_ARCHS, NO_JOBS = "-", "-"
 
@@ -33,7 +32,7 @@ def prebuild(backend: str, archs: Sequence[str], jobs: int | None, dry_run: bool
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         pass_fds=[write_end],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        env=environment(),
         start_new_session=True,  # Ctrl-C is ours to hand on, once
     )
     os.close(write_end)

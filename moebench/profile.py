@@ -24,8 +24,9 @@ from urllib.parse import quote
 from moebench import registry
 from moebench.backend import ACT_DTYPES
 from moebench.case import CASE_FIELDS, Case
-from moebench.child import ROOT, spawn
+from moebench.child import environment, spawn
 from moebench.device import Device
+from moebench.failure import without_advice
 from moebench.reports.text import kernel_name
 from moebench.roofline import RoofsError, best_roof
 from moebench.routing import Realized, assign, realized
@@ -95,7 +96,7 @@ def capture(request: Request, log: Path) -> Iterator[str | Profile]:
                 return
     if child.failure is None:
         raise ProfileError(f"the child ended without a profile{child.last_words()}")
-    reason = re.sub(r" \(--deadline [^)]*\)", "", child.failure.reason)  # an option of sweep
+    reason = without_advice(child.failure.reason)
     raise ProfileError(reason if child.failure.status in ("hang", "compile_timeout") else f"{reason}{child.last_words()}")
 
 
@@ -491,7 +492,7 @@ def _process_of(line: Sequence[str], sink: BinaryIO) -> Iterator[subprocess.Pope
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=sink,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        env=environment(),
         start_new_session=True,  # Ctrl-C is the parent's to handle, and killpg reaches what a tool starts
     )
     try:

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
+from types import TracebackType
 
 from moebench.case import Case
-from moebench.child import Frame, spawn
+from moebench.child import Child, Frame, leashed, spawn
 from moebench.device import Device
 from moebench.failure import Failure, of_exit
 from moebench.flags import raised
@@ -36,7 +38,9 @@ DEADLINES_S: Mapping[str, float] = {
     "interrupt": 30,
 }
 MAX_DEATHS = 3  # workers of one group in a row without an ok between them; then its remaining cases are failed with the reason
+MAX_DEVICE_DEATHS = 12  # of whatever backend; then the device is quarantined although its probes are well
 PROBE_PAUSES_S = (0.0, 2.0, 5.0)  # before each probe after an abnormal end; when the last one fails too, the device is quarantined
+CORES_AHEAD = 4  # of ours; on fewer, a worker that imports would disturb the one that measures
 REPEAT_CHECK = 300  # launches; finds what happens once in a hundred with 95 %
 
 Watch = Callable[[str, Case | None, str], None]  # phase, case, backend: what is going on now
@@ -65,6 +69,11 @@ class Rules:
 
     deadlines_s: Mapping[str, float] = field(default_factory=lambda: dict(DEADLINES_S))
     repeat_check: int = REPEAT_CHECK
+    ahead: bool | None = None  # start the next group's worker early, for its imports; None: where that disturbs no measurement
+
+    def starts_ahead(self, device: Device) -> bool:
+        """Never where the CPU is what is timed."""
+        return self.ahead if self.ahead is not None else device.is_gpu and len(os.sched_getaffinity(0)) >= CORES_AHEAD
 
 
 def survey(points: Sequence[Point], plugins: Collection[str], log: Path | None = None, rules: Rules | None = None) -> Survey:
@@ -121,10 +130,10 @@ def run(
 
     Once halt() is true the case in progress is finished, or given up after the deadline `interrupt`, and nothing else is begun."""
     logs.mkdir(parents=True, exist_ok=True)
-    todo: list[list[_Task]] = []
+    todo: list[_Group] = []
     for arch in plan.archs or (found.device.arch,):
         for number, points in plan.groups():
-            group = []
+            tasks = []
             for point in points:
                 record = _blank(point, plan, found, run_id, arch, number)
                 if (*record.key, record.scope, record.round) in done:
@@ -137,14 +146,16 @@ def run(
                 elif reason := found.reason(point):
                     yield replace(record, status="skipped", reason=reason)
                 else:
-                    group.append(_Task(point=point, blank=record))
-            todo += [group] if group else []
-    supervisor = _Supervisor(plan, found, run_id, watch, rules or Rules(), halt)
-    for count, group in enumerate(todo):
-        for record in supervisor.run_group(group, logs / f"{count:03}-{_file_name(group[0].point.backend)}.log"):
-            yield _doubted(replace(record, run_id=run_id, time=_now()), sensors)
-        if halt():
-            return
+                    tasks.append(_Task(point=point, blank=record))
+            if tasks:
+                log = logs / f"{len(todo):03}-{_file_name(tasks[0].point.backend)}.log"
+                todo.append(_Group(tasks=tasks, log=log))
+    with _Supervisor(plan, found, run_id, watch, rules or Rules(), halt) as supervisor:
+        for group, following in zip_longest(todo, todo[1:]):
+            for record in supervisor.run_group(group, following):
+                yield _doubted(replace(record, run_id=run_id, time=_now()), sensors)
+            if halt():
+                return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,28 +173,51 @@ class _Task:
         return replace(self.blank, status=failure.status, reason=failure.reason)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Points that share a layer and a backend, and so a process while nothing goes wrong."""
+
+    tasks: Sequence[_Task]
+    log: Path
+
+
 class _Supervisor:
-    """One device and who may use it next."""
+    """One device, who may use it, and who waits for that."""
 
     def __init__(self, plan: Plan, found: Survey, run_id: str, watch: Watch, rules: Rules, halt: Callable[[], bool]) -> None:
         self._plan, self._found, self._run_id, self._watch, self._rules, self._halt = plan, found, run_id, watch, rules, halt
         self._quarantine = ""  # why the device gets no more cases
+        self._deaths = 0  # of workers of all groups in a row, without an ok between them
+        self._waiting: tuple[_Group, Child] | None = None  # started early; touches no GPU before its turn
 
-    def run_group(self, group: Sequence[_Task], log: Path) -> Iterator[Record]:
-        """Records of points that share a layer and a backend, from as many workers as it takes."""
-        left = list(group)
+    def __enter__(self) -> _Supervisor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._waiting:
+            _, child = self._waiting
+            child.dismiss()
+            child.stop()
+
+    def run_group(self, group: _Group, following: _Group | None) -> Iterator[Record]:
+        """Records of one group, from as many workers as it takes; the worker of the following one is started on the way."""
+        left, log = list(group.tasks), group.log
         deaths = 0  # in a row, without an ok between them
         retried: _Task | None = None  # that was out of memory in a worker that had done others before
         while left and not self._quarantine and not self._halt():
             turn = _Turn(left, retried)
-            with spawn("moebench.worker", self._request(left), self._rules.deadlines_s, log) as child:
+            with leashed(self._waited(group) or self._started(left, log)) as child:
+                child.release()
                 self._watch("start", left[0].case, left[0].point.backend)
                 for frame in child.frames(self._halt):
                     record = turn.take(frame)
                     if "phase" in frame:
-                        self._watch(turn.phase, left[0].case if left else None, group[0].point.backend)
+                        self._watch(turn.phase, left[0].case if left else None, group.tasks[0].point.backend)
+                        if turn.phase == "jit" and following and self._rules.starts_ahead(self._found.device) and not self._halt():
+                            self._start_ahead(following)
                     if record is not None:
-                        deaths = 0 if record.status == "ok" else deaths
+                        if record.status == "ok":
+                            deaths = self._deaths = 0
                         yield record
                     if turn.again or turn.failure or (record is not None and self._halt()):
                         child.dismiss()
@@ -198,6 +232,7 @@ class _Supervisor:
             retried = turn.again
             if failure is not None:
                 deaths += 1
+                self._deaths += 1
                 failure = replace(failure, reason=f"{failure.reason} (see logs/{log.name})")
                 hopeless = not turn.prepared or deaths > MAX_DEATHS
                 for task in list(left) if hopeless else left[:1] if turn.midway else []:
@@ -206,8 +241,27 @@ class _Supervisor:
             if failure is not None or turn.last_status == "cuda_error":
                 needed = left[0].case.device_bytes if left else 0
                 self._quarantine = self._probe(needed, failure.reason if failure else "a CUDA error", log)
+            if failure is not None and self._deaths >= MAX_DEVICE_DEATHS and not self._quarantine:
+                told = f"{self._deaths} workers in a row ended abnormally and no case was ok between them, the last one: {failure.reason}"
+                self._quarantine = self._not_tried(told)
         if self._quarantine:
             yield from (task.failed(Failure(status="failed", reason=self._quarantine)) for task in left)
+
+    def _started(self, tasks: Sequence[_Task], log: Path, *, held: bool = False) -> Child:
+        return Child("moebench.worker", self._request(tasks), self._rules.deadlines_s, log, held=held)
+
+    def _start_ahead(self, group: _Group) -> None:
+        """While the present worker prepares, before it times: then the imports, 3.6 s on an H200's host, disturb nothing."""
+        if self._waiting is None:
+            self._waiting = group, self._started(group.tasks, group.log, held=True)
+
+    def _waited(self, group: _Group) -> Child | None:
+        """The worker that waits for this group's turn, if one does; once."""
+        if self._waiting is None or self._waiting[0] is not group:
+            return None
+        _, child = self._waiting
+        self._waiting = None
+        return child
 
     def _request(self, tasks: Sequence[_Task]) -> Frame:
         return {
@@ -240,10 +294,10 @@ class _Supervisor:
                 return ""
             said = str(verdict.get("reason")) if isinstance(verdict, dict) else ""
             told = said or (child.failure or of_exit(0, "probe")).reason + child.last_words()
-        return (
-            f"not tried: {self._found.device.name} is quarantined, {len(PROBE_PAUSES_S)} probes failed in a row, the last one: {told}; "
-            f"before that, {after}; when the device is well again, --resume goes on"
-        )
+        return self._not_tried(f"{len(PROBE_PAUSES_S)} probes failed in a row, the last one: {told}; before that, {after}")
+
+    def _not_tried(self, why: str) -> str:
+        return f"not tried: {self._found.device.name} is quarantined, {why}; when the device is well again, --resume goes on"
 
 
 class _Turn:

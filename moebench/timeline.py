@@ -405,9 +405,10 @@ def _op_rules(case: Case) -> tuple[Rule, ...]:
         Rule(pattern=rf"{multiply}\[{h}, {2 * i}\]|^aten::add_ \[\d+, {2 * i}\] \[{2 * i}\]", phase="gemm1"),
         Rule(pattern=rf"{multiply}\[{i}, {h}\]|^aten::add_ \[\d+, {h}\] \[{h}\]", phase="gemm2"),
         Rule(pattern=rf"^aten::(index_add|zeros_like|mul \[\d+, {h}\] \[\d+, 1\])|\[{tokens}, {k}, 1\]", phase="finalize"),
+        Rule(pattern=r"^aten::(argsort|searchsorted|floor_divide)\b", phase="route"),
         Rule(pattern=rf"{blocks}|{table}", phase="dequantize"),
         Rule(pattern=rf"^aten::index(_select)?\b.*\[{tokens}, {h}\]", phase="permute"),
-        Rule(pattern=rf"^aten::\w+ \[{tokens}, {k}\]|^aten::nonzero", phase="route"),
+        Rule(pattern=rf"^aten::\w+ (\[{tokens}, {k}\]|\[{tokens * k}\])", phase="route"),
         Rule(pattern=r"^aten::(sigmoid|clamp)", phase="activation"),
         Rule(pattern=rf"^aten::(mul|add|select|slice|to)_?\b.*\[\d+, {i}\]", phase="activation"),
     )

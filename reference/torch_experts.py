@@ -37,30 +37,36 @@ def experts(
 ) -> Tensor:
     """float32 [M, H]. Ids of other ranks, or of no expert, are ignored. activation maps y [n, 2 I] to h [n, I] (default swiglu).
 
-    Looks at the ids on the host, so on a GPU it synchronizes and cannot be captured in a graph."""
+    Looks at the ids on the host, once, so on a GPU it synchronizes and cannot be captured in a graph."""
     import torch
 
-    from moebench.mx import Mxfp4, dequantize_mxfp4
+    from moebench.mx import Mxfp4, byte_values, dequantize_mxfp4
 
     x = _round(tokens.hidden_states.float(), act_dtype)
     out = torch.zeros_like(x)  # float32 [M, H]
-    local_ids = tokens.topk_ids.long() - layer.local_expert_start
-    active = sorted(set(local_ids[(local_ids >= 0) & (local_ids < layer.num_local_experts)].tolist()))
+    local_ids = tokens.topk_ids.flatten().long() - layer.local_expert_start  # [M * top_k]
+    pairs = local_ids.argsort(stable=True)  # by expert, within one by token
+    token, weight = pairs // tokens.topk_ids.shape[1], tokens.topk_weights.flatten()[pairs]
+    numbers = torch.arange(layer.num_local_experts + 1, device=x.device)
+    first = torch.searchsorted(local_ids[pairs], numbers).tolist()
+    values = byte_values(x.device)
     with plain_float32():
-        for expert in active:
-            token, slot = (local_ids == expert).nonzero(as_tuple=True)
-            w13 = dequantize_mxfp4(Mxfp4(layer.w13.codes[expert], layer.w13.scales[expert]))  # float32 [2 I, H]
-            y = x[token] @ w13.T
+        for expert in range(layer.num_local_experts):
+            mine = slice(first[expert], first[expert + 1])
+            if mine.start == mine.stop:
+                continue
+            w13 = dequantize_mxfp4(Mxfp4(layer.w13.codes[expert], layer.w13.scales[expert]), pairs=values)  # float32 [2 I, H]
+            y = x[token[mine]] @ w13.T
             if layer.b13 is not None:
                 y += layer.b13[expert]
             h = (activation or swiglu)(y, layer.swiglu)
             if act_dtype is not None:
                 h = _round(h if act_dtype == "fp8" else h.bfloat16().float(), act_dtype)
-            w2 = dequantize_mxfp4(Mxfp4(layer.w2.codes[expert], layer.w2.scales[expert]))  # float32 [H, I]
+            w2 = dequantize_mxfp4(Mxfp4(layer.w2.codes[expert], layer.w2.scales[expert]), pairs=values)  # float32 [H, I]
             z = h @ w2.T
             if layer.b2 is not None:
                 z += layer.b2[expert]
-            out.index_add_(0, token, z * tokens.topk_weights[token, slot, None])
+            out.index_add_(0, token[mine], z * weight[mine, None])
     return out
 
 

@@ -19,6 +19,7 @@ from moebench.reports.tuning import NOTABLE, setbacks
 COLUMNS = 5  # backends side by side: what 80 characters hold
 NAME_WIDTH = 11
 STATUS_STYLES = {"ok": "green", "skipped": "dim"}  # any other is bad
+MEASURING = ("time", "check", "trace")  # phases of a worker
 LISTED = 20  # reasons shown; the report has all
 
 
@@ -46,16 +47,23 @@ def line(record: Record) -> Text:
 
 
 def time_line(records: Sequence[Record], wall_s: float) -> str:
-    """Where the time went: checking and timing, getting ready for it, and the rest, which is starting processes and writing."""
+    """Where the time went: measuring, which is checking, timing and tracing, and the rest; what no worker spent is processes and files."""
     spent: dict[str, float] = {}
     for record in records:
         for phase, seconds in record.phases_s.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
-    measuring = sum(spent.get(phase, 0.0) for phase in ("check", "time", "trace"))
-    parts = [f"{phase} {seconds:.0f}" for phase, seconds in sorted(spent.items(), key=lambda item: -item[1]) if seconds >= 0.5]
-    rest = max(wall_s - sum(spent.values()), 0.0)
-    share = f", {measuring / wall_s:.0%} of it measuring" if wall_s else ""
-    return f"{wall_s:.0f} s{share}: {', '.join([*parts, f'processes and files {rest:.0f}'])} s"
+    overhead = {phase: seconds for phase, seconds in spent.items() if phase not in MEASURING}
+    overhead["processes and files"] = max(wall_s - sum(spent.values()), 0.0)
+    measuring = {phase: spent[phase] for phase in MEASURING if phase in spent}
+    total = sum(measuring.values())
+    share = f" ({total / wall_s:.0%})" if wall_s else ""
+    return f"{wall_s:.0f} s: {total:.0f}{share} measuring{_spent(measuring, ' (', ')')}, {_spent(overhead) or 'no other second'}"
+
+
+def _spent(seconds: Mapping[str, float], before: str = "", after: str = "") -> str:
+    """The largest first; nothing of what rounds to none."""
+    parts = [f"{name} {spent:.0f}" for name, spent in sorted(seconds.items(), key=lambda item: -item[1]) if spent >= 0.5]
+    return f"{before}{', '.join(parts)}{after}" if parts else ""
 
 
 def backends_table(rows: Iterable[Mapping[str, str]]) -> Table:

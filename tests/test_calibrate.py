@@ -107,19 +107,24 @@ def child(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("sys.exit(7)", "ended with exit code 7; what it said is above"),
-        ("""os.write(fd, b'{"progress": "copying"}\\n'); os.abort()""", "ended with exit code -6"),
+        ("print('no such device', flush=True); sys.exit(7)", "in phase start: the worker ended with exit code 7.*: no such device"),
+        ("""os.write(fd, b'{"phase": "copying"}\\n'); os.abort()""", "in phase copying: the worker died of SIGABRT"),
+        (
+            """os.write(fd, b'{"phase": "dozing"}\\n'); time.sleep(600)""",
+            "in phase dozing: the worker gave no sign of life for 0.1 s and was st",
+        ),
         ("""os.write(fd, b'{"failed": "no luck"}\\n')""", "^no luck$"),
     ],
 )
-def test_a_child_that_ends_without_roofs_is_an_error(child, code, message):
+def test_a_child_that_ends_without_roofs_is_an_error(child, monkeypatch, code, message):
     child(code)
+    monkeypatch.setitem(moebench.calibrate.DEADLINES_S, "dozing", 0.1)
     with pytest.raises(RoofsError, match=message):
         list(roofs_of_this_machine())
 
 
 def test_leaving_early_ends_the_child(child):
-    child("""os.write(fd, b'{"progress": "%d"}\\n' % os.getpid()); time.sleep(600)""")
+    child("""os.write(fd, b'{"phase": "%d"}\\n' % os.getpid()); time.sleep(600)""")
     news = roofs_of_this_machine()
     number = int(next(news))
     news.close()
@@ -132,7 +137,7 @@ def test_frames_are_progress_and_then_roofs(monkeypatch, small, tmp_path):
     with (tmp_path / "frames").open("wb") as pipe:
         main(pipe)
     *told, last = map(json.loads, (tmp_path / "frames").read_text().splitlines())
-    assert [list(frame) for frame in told] == [["progress"]] * 4
+    assert [list(frame) for frame in told] == [["phase"]] * 4
     assert roofs_from_dict(last["roofs"]).device == "this CPU"
 
 

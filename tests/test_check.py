@@ -1,5 +1,7 @@
 """The check passes what is right, with room to spare, and rejects each known mistake under its own name."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -240,10 +242,23 @@ def test_a_declared_jitter_within_tolerance_is_ok_and_counted(at):
     assert found.error.ok
 
 
-@pytest.mark.parametrize("at", [{0}, {1}, {2}])
+@pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}])
 def test_the_same_jitter_undeclared_is_nondeterministic(at):
     found = judged(jittering(at, 1 + 2**-7))
     assert (found.status, found.differing) == ("nondeterministic", 1)
+
+
+def test_a_finite_result_that_depends_on_memory_which_nobody_wrote_is_found():
+    def call(layer, tokens):
+        out = right(layer, tokens)
+        scratch = torch.empty(1)
+        out[4, 77] *= 1 + 2**-7 * float(scratch > 2.0**99)  # hardly ever what memory holds, but for the poison
+        return out
+
+    found = judged(call)
+    assert (found.status, found.differing) == ("nondeterministic", 1)
+    assert found.reason.endswith("once unwritten memory is poisoned: the result depends on what that holds")
+    assert found.error.ok
 
 
 @pytest.mark.parametrize("at", [{0}, {1}, {2}, {3}, {4}])
@@ -358,3 +373,20 @@ def test_noise_is_explained_by_nothing():
     noise = torch.randn(5, 320, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert explain(noise, layer, tokens, "bf16") == ""
     assert explain(noise * float("nan"), layer, tokens, "bf16") == ""
+
+
+CHECKED = """
+import sys
+from moebench.case import case
+from moebench.check import inspect
+from moebench.problem import make_layer, make_tokens
+from moebench.reference.torch_experts import experts
+layer, tokens = make_layer(case("tiny", 1), "cpu"), make_tokens(case("tiny", 1), "cpu")
+found = inspect(lambda given: experts(layer, given, "bf16").bfloat16(), layer, tokens, experts(layer, tokens, "bf16"), "bf16")
+print(found.status, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_check_does_not_import_a_compiler():
+    done = subprocess.run([sys.executable, "-c", CHECKED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ok", "False"]

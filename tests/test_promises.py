@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## What moebench promises when things go wrong"
-SWEEP, RESUME, JOURNAL, HOSTILE = "test_sweep", "test_resume", "test_journal", "test_hostile_input"
+SWEEP, AHEAD, RESUME, JOURNAL, HOSTILE = "test_sweep", "test_ahead", "test_resume", "test_journal", "test_hostile_input"
 PROMISES = {  # sentence -> (module, test), ...
     "A kernel that fails, crashes, hangs or poisons its CUDA context costs one row, and the next row runs in a fresh process.": [
         (SWEEP, "test_twelve_faults_in_sixty_cases_are_twelve_bad_rows"),
@@ -23,10 +23,14 @@ PROMISES = {  # sentence -> (module, test), ...
     "No process outlives a sweep, not even one that ignores SIGTERM; a worker dies with a supervisor that is killed.": [
         (SWEEP, "test_no_process_outlives_a_sweep_not_even_one_that_ignores_sigterm"),
         (SWEEP, "test_a_worker_dies_with_a_supervisor_that_is_killed"),
+        (AHEAD, "test_one_that_waits_dies_with_a_supervisor_that_is_killed"),
+        (AHEAD, "test_a_run_that_is_left_early_leaves_nobody_waiting"),
     ],
     "After an abnormal end the device gets its next case only once a fresh process has found it well; "
-    "after three failed probes it is quarantined, and the rows that are left say so.": [
+    "after three failed probes, or twelve workers that ended so without an ok row between them, it is quarantined, "
+    "and the rows that are left say so.": [
         (SWEEP, "test_a_device_on_which_nothing_starts_any_more_is_quarantined"),
+        (AHEAD, "test_a_device_on_which_only_deaths_follow_each_other_is_quarantined_and_nobody_goes_on_waiting"),
     ],
     "The command itself never imports torch and never owns a CUDA context.": [
         (SWEEP, "test_the_supervisor_never_imports_torch"),
@@ -81,6 +85,9 @@ PROMISES = {  # sentence -> (module, test), ...
     ],
     "A plug-in is imported in a worker, and only when it is named.": [
         (HOSTILE, "test_a_plugin_is_imported_in_a_worker_only_and_only_when_it_is_named"),
+    ],
+    "A worker gets no environment variable whose name says that it is a token, a password, a key or another secret.": [
+        (AHEAD, "test_what_is_secret_by_its_name_is_not_given_to_children"),
     ],
 }
 

@@ -87,6 +87,7 @@ def test_operations_on_a_cpu_are_told_apart_by_their_shapes():
     assert of("aten::index_select [256] [8294400]", "aten::eq [5760, 90]", "aten::index [16]") == ["dequantize"] * 3
     assert of("aten::index_add_ [4, 2880] [1] [1, 2880]", "aten::index [4, 2880] [1]") == ["finalize", "permute"]
     assert of("aten::sub [4, 4]", "aten::sigmoid [1, 2880]", "aten::arange") == ["route", "activation", UNKNOWN]
+    assert of("aten::argsort [16]", "aten::searchsorted [16] [33]") == ["route"] * 2
 
 
 @st.composite

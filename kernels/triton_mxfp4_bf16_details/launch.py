@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -66,8 +71,10 @@ def prepare(layer: Layer) -> Prepared:
     )
 
 
-def run(layer: Prepared, tokens: Tokens, config: Config | None = None) -> Tensor:
-    """bf16 [M, H], every element written. Without a config, the table's for this many pairs."""
+def run(layer: Prepared, tokens: Tokens, config: Config | None = None, *, only_compile: bool = False) -> Tensor:
+    """bf16 [M, H], every element written. Without a config, the table's for this many pairs.
+
+    only_compile: compile what would be launched, and launch nothing; the output is what memory held."""
     x, ids, weights = tokens.hidden_states.contiguous(), tokens.topk_ids.contiguous(), tokens.topk_weights.contiguous()
     num_tokens, top_k = ids.shape
     num_pairs = num_tokens * top_k
@@ -78,7 +85,7 @@ def run(layer: Prepared, tokens: Tokens, config: Config | None = None) -> Tensor
     dense = num_tokens <= min(config.dense_up_to, config.tokens, DENSE_TOKENS)
     num_tiles = num_pairs if dense else most_tiles(num_pairs, layer.num_local_experts, config.tokens)
     num_rows = num_pairs * config.tokens if dense else num_pairs
-    tiles, order = (ids, ids) if dense else sort(layer, ids, num_tiles, config.tokens)
+    tiles, order = (ids, ids) if dense else sort(layer, ids, num_tiles, config.tokens, only_compile)
     splits = config.down.splits
     h = torch.empty(num_rows, layer.intermediate_size, dtype=torch.bfloat16, device=x.device)
     z = torch.empty(splits, num_rows, layer.hidden_size, dtype=torch.float32 if config.fp32_z else torch.bfloat16, device=x.device)
@@ -86,19 +93,19 @@ def run(layer: Prepared, tokens: Tokens, config: Config | None = None) -> Tensor
     up, down = config.gate_up, config.down
     shared = {"EXPERTS": experts, "PAIRS": DENSE_PAIRS, "DENSE": dense, "BM": config.tokens, "MODE": layer.mode}
 
-    gate_up_kernel[(num_tiles * _row_tiles(2 * layer.intermediate_size, up.blocks),)](
+    _on(gate_up_kernel, (num_tiles * _row_tiles(2 * layer.intermediate_size, up.blocks),), only_compile)(
         h, x, layer.w13.codes, layer.w13.scales, layer.b13, ids, tiles, order,
         num_tokens, num_pairs, first, top_k, layer.alpha, layer.beta, layer.limit or 0.0,
         K=layer.hidden_size, N=layer.intermediate_size, LIMITED=layer.limit is not None, WIDE=layer.w13.wide,
         BLOCKS=up.blocks, STEPS=up.steps, RASTER=up.raster, STAGES=up.stages, num_warps=up.warps, **shared,
     )  # fmt: skip
-    down_kernel[(num_tiles * _row_tiles(layer.hidden_size, down.blocks), splits)](
+    _on(down_kernel, (num_tiles * _row_tiles(layer.hidden_size, down.blocks), splits), only_compile)(
         z, h, layer.w2.codes, layer.w2.scales, layer.b2, ids, tiles, order,
         num_tokens, num_pairs, first, top_k, num_rows,
         K=layer.intermediate_size, N=layer.hidden_size, WIDE=layer.w2.wide,
         BLOCKS=down.blocks, STEPS=down.steps, SPLITS=splits, RASTER=down.raster, STAGES=down.stages, num_warps=down.warps, **shared,
     )  # fmt: skip
-    add_slots[(num_tokens, triton.cdiv(layer.hidden_size, ADD_COLUMNS))](
+    _on(add_slots, (num_tokens, triton.cdiv(layer.hidden_size, ADD_COLUMNS)), only_compile)(
         out, z, ids, weights, num_pairs, first, top_k, num_rows,
         H=layer.hidden_size, MAX_TOP_K=MAX_TOP_K, SPLITS=splits, BLOCK=ADD_COLUMNS, **shared,
     )  # fmt: skip
@@ -117,32 +124,38 @@ def warm_up(layer: Prepared, max_num_tokens: int) -> None:
             topk_weights=torch.zeros(num_tokens, MAX_TOP_K, dtype=torch.float32, device=device),
         )
 
+    batches: list[tuple[int, Config | None]] = []
     from_pairs = 0.0
     for config in CONFIGS:
         if max_num_tokens * MAX_TOP_K > from_pairs:
-            for num_tokens in {1, config.dense_up_to + 1}:  # without and with sorting
-                run(layer, batch(num_tokens), config)
+            batches += [(num_tokens, config) for num_tokens in (1, config.dense_up_to + 1)]  # without and with sorting
         from_pairs = config.up_to * layer.num_experts
     if max_num_tokens * MAX_TOP_K > SORT_AT_ONCE:
-        run(layer, batch(SORT_AT_ONCE // MAX_TOP_K + 1))
+        batches.append((SORT_AT_ONCE // MAX_TOP_K + 1, None))
+    batches = list(dict.fromkeys(batches))
+    with _compiling_at_once():
+        for num_tokens, chosen in batches:
+            run(layer, batch(num_tokens), chosen, only_compile=True)
+    for num_tokens, chosen in batches:
+        run(layer, batch(num_tokens), chosen)
 
 
-def sort(layer: Prepared, ids: Tensor, num_tiles: int, tokens: int) -> tuple[Tensor, Tensor]:
+def sort(layer: Prepared, ids: Tensor, num_tiles: int, tokens: int, only_compile: bool = False) -> tuple[Tensor, Tensor]:
     """Tiles and order as `route.py` describes them."""
     num_pairs, experts = ids.numel(), layer.num_local_experts
     bins = triton.next_power_of_2(experts)
     tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=ids.device)
     order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
     if num_pairs <= SORT_AT_ONCE:
-        sort_pairs[(triton.cdiv(num_pairs, SORT_BLOCK) + 1,)](
+        _on(sort_pairs, (triton.cdiv(num_pairs, SORT_BLOCK) + 1,), only_compile)(
             order, tiles, ids, num_pairs, layer.first_expert, num_tiles,
             EXPERTS=experts, BINS=bins, BM=tokens, BLOCK=SORT_BLOCK, CHUNK=SORT_CHUNK, num_warps=8,
         )  # fmt: skip
         return tiles, order
     blocks = triton.cdiv(num_pairs, COUNT_BLOCK)
     counts = torch.empty(blocks, bins, dtype=torch.int32, device=ids.device)
-    count_pairs[(blocks,)](counts, ids, num_pairs, layer.first_expert, EXPERTS=experts, BINS=bins, BLOCK=COUNT_BLOCK)
-    place_pairs[(blocks + 1,)](
+    _on(count_pairs, (blocks,), only_compile)(counts, ids, num_pairs, layer.first_expert, EXPERTS=experts, BINS=bins, BLOCK=COUNT_BLOCK)
+    _on(place_pairs, (blocks + 1,), only_compile)(
         order, tiles, counts, ids, num_pairs, layer.first_expert, num_tiles,
         EXPERTS=experts, BINS=bins, BM=tokens, BLOCK=COUNT_BLOCK, CHUNK=PLACE_CHUNK, num_warps=8,
     )  # fmt: skip
@@ -152,6 +165,22 @@ def sort(layer: Prepared, ids: Tensor, num_tiles: int, tokens: int) -> tuple[Ten
 def most_tiles(num_pairs: int, experts: int, tokens: int) -> int:
     """Tiles if every pair is local and they are spread as badly as possible: each expert but one has one pair too many for its tiles."""
     return num_pairs if num_pairs <= experts else experts + (num_pairs - experts) // tokens
+
+
+def _on(kernel: Any, grid: tuple[int, ...], only_compile: bool) -> Callable[..., object]:  # Triton types neither way
+    return partial(kernel.warmup, grid=grid) if only_compile else kernel[grid]
+
+
+@contextmanager
+def _compiling_at_once() -> Iterator[None]:
+    """What is only compiled meanwhile is compiled by all cores; one after the other where this Triton cannot."""
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode  # in 3.6.0 and 3.7.1
+    except ImportError:
+        yield
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, AsyncCompileMode(pool):
+        yield
 
 
 def _row_tiles(rows: int, blocks: int) -> int:

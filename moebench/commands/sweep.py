@@ -146,10 +146,10 @@ def _sweep(plan: Plan, directory: Path, resume: bool, rules: Rules, console: Con
         halt.patient = False
     journal.close()
     run = _load(directory)
-    console.print(terminal.time_line(records[len(known) :], time.monotonic() - started_s), soft_wrap=True, markup=False)
     _write(directory / "report.md", markdown.report([run]))
     _write(directory / REPORT, page([run]))
     _write(directory / "results.csv", table_csv.rows(merge([run])))
+    console.print(terminal.time_line(records[len(known) :], time.monotonic() - started_s), soft_wrap=True, markup=False)
     return run
 
 

@@ -192,16 +192,24 @@ def storm(layer, tokens):
     return STORM.get(len(tokens.topk_ids), poisoned)(layer, tokens)
 
 
-GPU_STORM = {2: "out_of_bounds", 4: "device_assert", 6: "huge", 8: "endless"}
+# The impossible allocation comes first: after a case that was measured it would be tried again, in one process more.
+GPU_STORM = {1: "huge", 3: "out_of_bounds", 5: "device_assert", 7: "endless"}
 
 
-def gpu_storm(layer, tokens):
-    name = GPU_STORM.get(len(tokens.topk_ids))
-    if name is None:
-        return right(layer, tokens)
-    import moebench_gpu_faults  # it imports Triton
+class GpuStorm(Fault):
+    """Right in between, at once and in a CUDA graph: a neighbour that is slow to time costs GPU time."""
 
-    return getattr(moebench_gpu_faults, name)(tokens)
+    def prepare(self, layer, max_num_tokens):
+        import moebench_gpu_faults  # it imports torch
+
+        dense = moebench_gpu_faults.Dense(layer)
+
+        def call(tokens):
+            name = GPU_STORM.get(len(tokens.topk_ids))
+            return getattr(moebench_gpu_faults, name)(tokens) if name else dense(tokens)
+
+        call.facts = {"process": os.getpid()}
+        return call
 
 
 fault_ok = Fault("fault_ok")
@@ -222,4 +230,4 @@ fault_sporadic = Sporadic("fault_sporadic")
 fault_storm = Fault("fault_storm", storm)
 fault_skips = Fault("fault_skips", unsupported="needs a quantum computer; none is known")
 fault_misnamed = Fault("another_name")
-fault_gpu_storm = Fault("fault_gpu_storm", gpu_storm, needs_gpu=True)
+fault_gpu_storm = GpuStorm("fault_gpu_storm", needs_gpu=True)

@@ -4,7 +4,29 @@ import torch
 import triton
 import triton.language as tl
 
-ENDLESS_S = 20
+from moebench.mx import dequantize_mxfp4
+from moebench.reference.torch_experts import swiglu
+
+ENDLESS_S = 15  # the supervisor's patience and its kill ladder end before
+SPUN = []
+
+
+class Dense:
+    """The layer right, every expert on every token, with all weights unpacked beforehand: a dozen launches and no look at the ids."""
+
+    def __init__(self, layer):
+        self._layer = layer
+        self._w13, self._w2 = dequantize_mxfp4(layer.w13), dequantize_mxfp4(layer.w2)  # float32
+        torch.bmm(self._w13, self._w13.mT)  # loads the library here, in a phase that is patient
+
+    def __call__(self, tokens):
+        layer, x = self._layer, tokens.hidden_states.float()
+        experts = layer.num_local_experts
+        y = torch.einsum("mh,enh->emn", x, self._w13) + layer.b13.float()[:, None]
+        h = swiglu(y.flatten(0, 1), layer.swiglu).bfloat16().float().unflatten(0, (experts, -1))
+        z = torch.bmm(h, self._w2.mT) + layer.b2.float()[:, None]  # [E, M, H]
+        shares = torch.zeros(len(x), experts, device=x.device).scatter_add_(1, tokens.topk_ids.long(), tokens.topk_weights)
+        return torch.einsum("me,emh->mh", shares, z).bfloat16()
 
 
 def out_of_bounds(tokens):
@@ -20,8 +42,10 @@ def device_assert(tokens):
 
 
 def endless(tokens):
-    """Spins on the device, for longer than its deadline and not for ever."""
-    torch.cuda._sleep(int(ENDLESS_S * 1.98e9))  # cycles; an H200 runs at most at 1.98 GHz
+    """Spins on the device, for longer than its deadline and not for ever: the calls behind the first do not add to it."""
+    if not SPUN:
+        SPUN.append(True)
+        torch.cuda._sleep(int(ENDLESS_S * 1.98e9))  # cycles; an H200 runs at most at 1.98 GHz
     return tokens.hidden_states.clone()
 
 

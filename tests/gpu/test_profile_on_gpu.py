@@ -9,19 +9,30 @@ from moebench import registry
 from moebench.case import case
 from moebench.device import detect
 from moebench.profile import Request, capture, read_ncu, read_nsys, run_tool, view
-from moebench.timeline import Profile, ProfileError
+from moebench.timeline import Profile, ProfileError, classify
 from moebench.trace import launched_kernels, timeline, timelines
 
 POINT = case("gpt-oss-20b", 64)
 BACKENDS = [backend for backend in registry.builtin() if backend.name not in ("torch", "numpy")]
+LEAST_COVERAGE = 0.95  # of the time of a call, in kernels whose phase is known
 
 
-def profiled(backend, tmp_path, calls=10):
-    if reason := backend.unsupported(POINT, detect()):
-        pytest.skip(reason)
-    *_, found = capture(Request(case=POINT, backend=backend.name, calls=calls), tmp_path / "log")
-    assert isinstance(found, Profile)
-    return found
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Profiles of backends, each taken once: a child takes some ten seconds."""
+    device, known = detect(), {}
+
+    def profile(backend):
+        if reason := backend.unsupported(POINT, device):
+            pytest.skip(reason)
+        if backend.name not in known:
+            log = tmp_path_factory.mktemp("profile") / "log"
+            *_, known[backend.name] = capture(Request(case=POINT, backend=backend.name, calls=10), log)
+        found = known[backend.name]
+        assert isinstance(found, Profile)
+        return found
+
+    return profile
 
 
 def test_a_timeline_has_what_ran_in_order():
@@ -36,7 +47,7 @@ def test_a_timeline_has_what_ran_in_order():
 @pytest.mark.parametrize("graph", [False, True])
 def test_what_runs_between_calls_is_not_in_them(graph):
     x, big, sink = torch.ones(1 << 20, device="cuda"), torch.ones(1 << 26, device="cuda"), torch.empty((), device="cuda")
-    x.add_(1)
+    x.add_(1), x.mul_(2)  # loaded before they are captured
     run = lambda: x.add_(1)  # noqa: E731
     if graph:
         captured = torch.cuda.CUDAGraph()
@@ -50,11 +61,11 @@ def test_what_runs_between_calls_is_not_in_them(graph):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
-def test_phases_cover_a_call_and_add_up(backend, tmp_path):
-    found = profiled(backend, tmp_path)
+def test_phases_cover_a_call_and_add_up(backend, profiled):
+    found = profiled(backend)
     shown = view(found)
     parts = shown.breakdown
-    assert parts.coverage > 0.99, [part.name for part in parts.parts if part.phase == "unclassified"]
+    assert parts.coverage >= LEAST_COVERAGE, [part.name for part in parts.parts if part.phase == "unclassified"]
     assert {"gemm1", "gemm2"} <= {name for phase in parts.phases_us for name in phase.split("+")}
     assert sum(parts.phases_us.values()) + parts.gaps_us == pytest.approx(parts.span_us, abs=1e-3)
     assert len({tuple(event.name for event in call) for call in found.calls}) == 1
@@ -62,22 +73,25 @@ def test_phases_cover_a_call_and_add_up(backend, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
-def test_nsys_sees_the_kernels_that_kineto_sees(backend, tmp_path):
+def test_nsys_sees_the_kernels_that_kineto_sees(backend, profiled, tmp_path):
     if shutil.which("nsys") is None:
         pytest.skip("nsys is not installed")
-    expected = profiled(backend, tmp_path)
+    expected = profiled(backend)
     (found,) = read_nsys(run_tool("nsys", Request(case=POINT, backend=backend.name, calls=10, tool="nsys"), tmp_path / "out"))
     assert [len(call) for call in found.calls] == [len(call) for call in expected.calls]
     assert view(found).breakdown.phases_us.keys() == view(expected).breakdown.phases_us.keys()
 
 
-def test_ncu_counts_the_kernels_of_one_call(tmp_path):
+def test_ncu_counts_the_kernels_of_one_call(profiled, tmp_path):
     if shutil.which("ncu") is None:
         pytest.skip("ncu is not installed")
     backend = next(backend for backend in BACKENDS if backend.name == "triton_mxfp4_bf16")
-    expected = profiled(backend, tmp_path, calls=1)
+    expected = profiled(backend)
     try:
         report = run_tool("ncu", Request(case=POINT, backend=backend.name, calls=1, tool="ncu"), tmp_path / "out")
     except ProfileError as error:
         pytest.skip(str(error))
-    assert [kernel.phase for kernel in read_ncu(report)] == list(view(expected).breakdown.phases_us)
+    seen = read_ncu(report)
+    assert [kernel.name for kernel in seen] == [event.name for event in expected.calls[0]]
+    assert [kernel.phase for kernel in seen] == classify(expected.calls[0])
+    assert all(kernel.us > 0 for kernel in seen)
