@@ -55,12 +55,21 @@ def _fits(annotation: object) -> Callable[[object], bool]:
         return lambda value: (
             type(value) is tuple and len(value) == len(places) and all(fits(v) for fits, v in zip(places, value, strict=True))
         )
+    if origin is dict and arguments[0] is str and (plain := set(get_args(arguments[1]) or arguments[1:])) <= {str, int, float, bool}:
+        return lambda value: type(value) is dict and (not value or _fits_table(value, plain))
     if origin is dict and arguments[0] is str:
         item = _fits(arguments[1])
         return lambda value: type(value) is dict and set(map(type, value)) <= {str} and all(map(item, value.values()))
     if is_dataclass(annotation):
         return _fits_dataclass(annotation, frozenset())  # type: ignore[arg-type]
     return lambda value: type(value) is annotation and (annotation is not float or math.isfinite(value))  # type: ignore[arg-type]
+
+
+def _fits_table(table: dict[object, object], plain: set[type]) -> bool:
+    kinds = set(map(type, table.values()))
+    if not (set(map(type, table)) <= {str} and kinds <= plain):
+        return False
+    return float not in kinds or all(math.isfinite(value) for value in table.values() if type(value) is float)
 
 
 @cache

@@ -37,7 +37,7 @@ RETRYABLE: frozenset[Status] = frozenset({"hang", "crash", "oom", "cuda_error", 
 ATTEMPTS = 2
 NOT_TRIED = "not tried:"  # begins the reason of a record that is no attempt: too large for what was free, or a device in quarantine
 
-SHARED = frozenset({"case", "routing", "kernels", "contract", "roofline"})  # fields that are the same in many lines
+SHARED = frozenset({"case", "error", "routing", "kernels", "contract", "roofline"})  # fields that are the same in many lines
 MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
 
 Cell = tuple[str, str, str, str, int]  # case key, backend, arch, scope, round: what one record is about

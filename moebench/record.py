@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from statistics import fmean, median, quantiles
 from typing import Literal, TypeVar, get_args
@@ -105,7 +105,7 @@ class Timing:
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
-    @property
+    @cached_property  # reports and the gate ask for it again and again
     def median_us(self) -> float:
         return median(self.samples_us)
 
@@ -154,15 +154,10 @@ class Contract:
     rank_aggregate: str  # how the ranks of an expert-parallel group become one number
     reference: str  # what decides that the output is right
 
-    @property
+    @cached_property  # records read from one journal share their contracts
     def id(self) -> str:
-        return _contract_id(self)
-
-
-@cache  # a run has a handful, in thousands of records
-def _contract_id(contract: Contract) -> str:
-    content = json.dumps(asdict(contract), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+        content = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,8 +189,8 @@ class _Pair:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        rows = [side[number] for number in self.rounds for side in (self.base, self.candidate)]
-        return tuple(name for name in FLAGS if any(name in self._doubts(row) for row in rows))
+        found = set().union(*(self._doubts(side[number]) for number in self.rounds for side in (self.base, self.candidate)))
+        return tuple(name for name in FLAGS if name in found)
 
     def _doubts(self, row: Record) -> set[str]:
         return row.flags.keys() - self.allowed_flags if row.flags else set()
