@@ -366,6 +366,7 @@ class _Group:
                 asked = request | {"turn": asdict(turn), "seed": 1000 * number + place}
                 asked |= {"start": str(self._start.path), "go": str(hold.path), "end": str(self._end.path)}
                 child = self._stack.enter_context(spawn("moebench.gate_worker", asked, DEADLINES_S))
+                child.ask()  # or it would begin to import when it is first listened to
                 self._children.append((child, child.frames()))
         except BaseException:
             self._stack.close()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import groupby
 
@@ -30,6 +31,7 @@ from moebench.gate_check import (
     Plan,
     Simulated,
     Turn,
+    _Group,
     broken_by_chance,
     judge_gates,
     judge_simulator,
@@ -179,6 +181,18 @@ def test_processes_take_their_turns_and_none_is_left():
     assert [line.partition(": ")[2].partition(",")[0] for line in said[1:]] == ["1 of 2", "2 of 2", "done"]
     left = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False)
     assert "gate_worker" not in left.stdout
+
+
+def test_processes_begin_to_import_before_anybody_listens_to_them(monkeypatch, tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nread request\ntouch {tmp_path}/asked-$$\nsleep 60\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with _Group([Turn(side="base", round=number) for number in range(3)], {"simulated": True}, tmp_path / "group"):
+        until = time.monotonic() + 30
+        while len(list(tmp_path.glob("asked-*"))) < 3 and time.monotonic() < until:
+            time.sleep(0.05)
+    assert len(list(tmp_path.glob("asked-*"))) == 3
 
 
 def test_a_machine_without_a_gpu_says_so_before_anything_else():
