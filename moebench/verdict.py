@@ -496,8 +496,12 @@ def _between(found: Findings, number: int, rule: Rule) -> str:
 
 
 def _nothing(pairs: Sequence[_Pair], exact: Sequence[Verdict], options: Options) -> str:
+    least = options.rule.least_rounds
+    if any(len(pair.rounds) >= least for pair in pairs):
+        flags = ", ".join(name for name in FLAGS if any(name in pair.flags for pair in pairs))
+        return f"no cell has {least} rounds beyond doubt on both sides: {flags} (--allow-flag uses them all the same)"
     if pairs:
-        return f"no cell has the {options.rule.least_rounds} rounds on both sides that a verdict needs"
+        return f"no cell has the {least} rounds on both sides that a verdict needs"
     if exact:
         return f"no cell can be compared; the first: {exact[0].reason}"
     return "the runs have no case and backend in common that was timed"

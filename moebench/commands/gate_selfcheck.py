@@ -59,17 +59,6 @@ def check_the_gate(plan: Plan, backend: str, simulated: bool, as_json: bool) -> 
             Finding(name="gates", ok=False, text=f"not measured to the end: {failure}", do="Ask `moebench doctor` what is wrong.")
         )
     code = OK if all(found.ok for found in findings) else POINTS_FAILED
-    if as_json:
-        told = {
-            "device": name,
-            "rounds": plan.rounds,
-            "simulator": [asdict(row) for row in table],
-            "gates": [_document(gate) for gate in gates],
-            "checks": [asdict(found) for found in findings],
-            "exit_code": code,
-        }
-        click.echo(json.dumps(told))
-        sys.exit(code)
     if table:
         console.print(_simulator_table(table))
         console.print()
@@ -80,6 +69,16 @@ def check_the_gate(plan: Plan, backend: str, simulated: bool, as_json: bool) -> 
         console.print(_slower_table(gates))
         console.print()
     console.print(_verdict(name, findings), soft_wrap=True)
+    if as_json:
+        told = {
+            "device": name,
+            "rounds": plan.rounds,
+            "simulator": [asdict(row) for row in table],
+            "gates": [_document(gate) for gate in gates],
+            "checks": [asdict(found) for found in findings],
+            "exit_code": code,
+        }
+        click.echo(json.dumps(told))
     sys.exit(code)
 
 
