@@ -35,7 +35,7 @@ from moebench.timing import StopRule
 from moebench.verdict import Answer, Judgement, Options, judge
 
 SLOWDOWNS = (0.02, 0.03, 0.05, 0.10)
-TOKENS = (1, 64, 512)
+MODEL, TOKENS = "gpt-oss-20b", (1, 64, 512)
 GATES = 10
 IDLE_S = 3.0  # that the sensors get to say what a GPU without us is like
 CHANCE = 0.01  # with which a promise that holds 9 times in 10 is broken as often as it was
@@ -180,7 +180,7 @@ def on_this_gpu(plan: Plan, backend: str, tell: Tell, *, simulated: bool = False
     """Gates as they are measured. Raises CheckError, and NoGpuError before anything else.
 
     simulated: the processes are real, what they measure is not."""
-    request: Frame = {"backend": backend, "cases": [asdict(case("gpt-oss-20b", count)) for count in tokens], "simulated": simulated}
+    request: Frame = {"backend": backend, "cases": [asdict(case(MODEL, count)) for count in tokens], "simulated": simulated}
     with tempfile.TemporaryDirectory(prefix="moebench-gate-") as folder, ExitStack() as everything:
         started = time.monotonic()
         tell(f"one process checks {backend} and compiles what it needs")
@@ -228,7 +228,7 @@ def simulated_samples(turn: Turn, *, seed: int, process_noise: float = 0.002) ->
         for share in turn.appended or (None,):
             scenario = Scenario(call_us=us * speed * (1 + (share or 0.0)))
             record = measured(SimulatedStopwatch(scenario, seed=random.randrange(1 << 30)), RULE, number=turn.round)
-            record = replace(record, case=case("gpt-oss-20b", tokens), run_id=turn.side)
+            record = replace(record, case=case(MODEL, tokens), run_id=turn.side)
             samples.append(Sample(record=record, appended=share, length=share or 0.0))
     return samples
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moebench.commands.outcome import INTERRUPTED, OK, POINTS_FAILED
 from moebench.gate_check import (
+    MODEL,
     Cell,
     CheckError,
     Finding,
@@ -114,8 +115,8 @@ def _same_table(gates: Sequence[Gate]) -> Table:
 
 
 def _slower_table(gates: Sequence[Gate]) -> Table:
-    table = Table(title="A spin kernel after each call of the candidate", title_justify="left")
-    for head in ("case", "base us", "appended", "measured", "interval", "sees", "promised", "verdict", ""):
+    table = Table(title="A spin kernel after each call of the candidate", title_justify="left", box=None, pad_edge=False)
+    for head in ("case", "us", "appended", "measured", "interval", "sees", "promised", "verdict", ""):
         table.add_column(head, justify="left" if head in ("case", "promised", "verdict", "") else "right", no_wrap=True)
     for gate in gates:
         for cell in gate.cells if gate.slowdown else ():
@@ -125,11 +126,11 @@ def _slower_table(gates: Sequence[Gate]) -> Table:
 
 def _line(cell: Cell) -> list[str]:
     return [
-        cell.case.removeprefix("gpt-oss-"),
+        cell.case.removeprefix(f"{MODEL} "),
         us(cell.base_us),
         f"{cell.slowdown:.2%}",
         f"{cell.ratio - 1:+.2%}" if cell.ratio else "",
-        f"{cell.low - 1:.1%}..{cell.high - 1:.1%}" if cell.low and cell.high else "",
+        f"{100 * (cell.low - 1):.1f}..{100 * (cell.high - 1):.1f}%" if cell.low and cell.high else "",
         f"{cell.sees:.1%}" if cell.sees is not None else "nothing",
         cell.promise or "-",
         cell.outcome,
