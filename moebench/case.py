@@ -100,7 +100,7 @@ class Case:
 
     @cached_property
     def _hash(self) -> int:
-        """Computed once: over 100 000 records it is asked for 400 000 times, and takes 0.7 us."""
+        """Computed once: the gate alone asks for it four times a record."""
         return hash(tuple(getattr(self, name) for name in CASE_FIELDS))
 
     @property

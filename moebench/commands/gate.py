@@ -117,7 +117,7 @@ def gate(
         fail([str(error)], UNREADABLE)
     except BaselineError as error:
         fail([str(error)], NO_VERDICT)
-    gc.freeze()  # 24 000 records hold no cycles, and looking for some takes 0.3 of 1.3 s; this process ends soon
+    gc.freeze()  # 24 000 records hold no cycles, and looking for some takes a fifth of the judging; this process ends soon
     for run in (old, new, *([again] if again else [])):
         if run.torn:
             click.echo(f"note: {run.path}: the journal's last line was cut off and is left out", err=True)
