@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from moebench.baselines import BaselineError, is_baseline, is_store, load, matching
 from moebench.commands.outcome import NO_VERDICT, OK, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
+from moebench.commands.uncollected import uncollected
 from moebench.flags import FLAGS
 from moebench.gate import Rule
 from moebench.journal import Run, load_run
@@ -80,6 +80,7 @@ def output_options(command: click.decorators.FC) -> click.decorators.FC:
 @click.option("--trust-stored", is_flag=True, help="Let a stored baseline fail a change, by the band its own jobs calibrate.")
 @rule_options
 @output_options
+@uncollected()
 def gate(
     base: Path,
     candidate: Path,
@@ -117,7 +118,6 @@ def gate(
         fail([str(error)], UNREADABLE)
     except BaselineError as error:
         fail([str(error)], NO_VERDICT)
-    gc.freeze()  # 24 000 records hold no cycles, and looking for some takes a fifth of the judging; this process ends soon
     for run in (old, new, *([again] if again else [])):
         if run.torn:
             click.echo(f"note: {run.path}: the journal's last line was cut off and is left out", err=True)
