@@ -41,14 +41,20 @@ def turns(directory: Path, pythons: tuple[str, str], rounds: int, seed: int) -> 
     """The order of a stage. Base and candidate swap their places from one round to the next, which of them begins is drawn for every
     two rounds, and the base once more, the control, is before or after both."""
     order = Random(seed)
-    swapped = False
-    for number in range(rounds):
-        swapped = order.random() < 0.5 if number % 2 == 0 else not swapped
+    for number, swapped in enumerate(swaps(rounds, order)):
         arms: list[Arm] = ["cand", "base"] if swapped else ["base", "cand"]
         arms.insert(order.choice((0, 2)), "control")
         for arm in arms:
             python = pythons[1] if arm == "cand" else pythons[0]
             yield Turn(arm=arm, round=number, python=python, directory=directory / f"{number:03}-{arm}")
+
+
+def swaps(rounds: int, order: Random) -> Iterator[bool]:
+    """Whether the candidate goes before the base, round by round."""
+    swapped = False
+    for number in range(rounds):
+        swapped = order.random() < 0.5 if number % 2 == 0 else not swapped
+        yield swapped
 
 
 def take(turn: Turn, sweep_options: Sequence[str]) -> None:

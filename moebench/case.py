@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
+from functools import cached_property
 
 BLOCK = 32  # elements along K that share one E8M0 scale; tensor-parallel shards are multiples of it
 
@@ -93,6 +94,14 @@ class Case:
     def __post_init__(self) -> None:
         if problem := shape_error(self):
             raise ValueError(problem)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: the gate alone asks for it four times a record."""
+        return hash(tuple(getattr(self, name) for name in CASE_FIELDS))
 
     @property
     def key(self) -> str:

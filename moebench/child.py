@@ -108,6 +108,10 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
+    def ask(self) -> None:
+        """Send the request now; otherwise frames() does when it is first asked for one."""
+        self._send()
+
     def frames(self, halt: Callable[[], bool] = lambda: False) -> Iterator[Frame]:
         """Until the child closes its pipe, dies, stays silent past the deadline of its phase, or outlives a halt by `interrupt` seconds."""
         pending = b""

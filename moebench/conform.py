@@ -10,51 +10,86 @@ from functools import cache
 from operator import attrgetter
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+_PLAIN = (str, int, bool, float)
+_OPTIONAL_FLOAT = float | None
 
-def misfit(value: object, annotation: object, where: str) -> str:
-    """What is wrong with it, as a sentence that begins with where, or nothing. Floats must be finite."""
-    return "" if _fits(annotation)(value) else _misfit(value, annotation, where)
+
+def misfit(value: object, annotation: object, where: str, known: frozenset[str] = frozenset()) -> str:
+    """What is wrong with it, as a sentence that begins with where, or nothing. Floats must be finite.
+
+    known: fields of the dataclass that were judged before."""
+    quick = _fits_dataclass(annotation, known) if known and isinstance(annotation, type) else _fits(annotation)
+    return "" if quick(value) else _misfit(value, annotation, where)
+
+
+def hints(kind: type) -> dict[str, object]:
+    """What each field of a dataclass is annotated as."""
+    return dict(_fields(kind))
 
 
 @cache
 def _fits(annotation: object) -> Callable[[object], bool]:
-    """A quick yes: some 10 us for a record, where sentences take 240. What it does not know to be good, _misfit judges."""
+    """A quick yes: some 5 us for a record, where sentences take 240. What it does not know to be good, _misfit judges."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    union = origin in (Union, types.UnionType)
     if origin is Literal:
         return lambda value: type(value) is str and value in arguments
-    if origin in (Union, types.UnionType) and arguments[1:] == (type(None),):
+    if union and arguments[1:] == (type(None),):
         inner = _fits(arguments[0])
         return lambda value: value is None or inner(value)
+    if union and set(arguments) <= {str, int, float, bool}:
+        return lambda value: type(value) in arguments and (type(value) is not float or math.isfinite(value))
+    if union:
+        choices = [_fits(one) for one in arguments]
+        return lambda value: any(fits(value) for fits in choices)
     if arguments == (float, ...):
         return lambda value: type(value) is tuple and set(map(type, value)) <= {float} and math.isfinite(sum(value))
     if origin is tuple and arguments[1:] == (...,):
         each = _fits(arguments[0])
         return lambda value: type(value) is tuple and all(map(each, value))
+    if origin is tuple and set(arguments) == {float}:
+        kinds = list(arguments)
+        return lambda value: type(value) is tuple and list(map(type, value)) == kinds and math.isfinite(sum(value))
     if origin is tuple:
         places = [_fits(one) for one in arguments]
         return lambda value: (
             type(value) is tuple and len(value) == len(places) and all(fits(v) for fits, v in zip(places, value, strict=True))
         )
-    if origin in (Union, types.UnionType):
-        choices = [_fits(one) for one in arguments]
-        return lambda value: any(fits(value) for fits in choices)
+    if origin is dict and arguments[0] is str and (plain := set(get_args(arguments[1]) or arguments[1:])) <= {str, int, float, bool}:
+        return lambda value: type(value) is dict and (not value or _fits_table(value, plain))
     if origin is dict and arguments[0] is str:
         item = _fits(arguments[1])
         return lambda value: type(value) is dict and set(map(type, value)) <= {str} and all(map(item, value.values()))
     if is_dataclass(annotation):
-        return _fits_dataclass(annotation)  # type: ignore[arg-type]
+        return _fits_dataclass(annotation, frozenset())  # type: ignore[arg-type]
     return lambda value: type(value) is annotation and (annotation is not float or math.isfinite(value))  # type: ignore[arg-type]
 
 
-def _fits_dataclass(kind: type) -> Callable[[object], bool]:
-    plain = [(name, hint) for name, hint in _fields(kind) if hint in (str, int, bool)]
-    others = [(name, _fits(hint)) for name, hint in _fields(kind) if hint not in (str, int, bool)]
-    plain_values, plain_types = _getter([name for name, _ in plain]), tuple(hint for _, hint in plain)
+def _fits_table(table: dict[object, object], plain: set[type]) -> bool:
+    kinds = set(map(type, table.values()))
+    if not (set(map(type, table)) <= {str} and kinds <= plain):
+        return False
+    return float not in kinds or all(math.isfinite(value) for value in table.values() if type(value) is float)
+
+
+@cache
+def _fits_dataclass(kind: type, known: frozenset[str]) -> Callable[[object], bool]:
+    hints = [(name, hint) for name, hint in _fields(kind) if name not in known]
+    plain_values = _getter([name for name, hint in hints if hint in _PLAIN])
+    plain_types = [hint for _, hint in hints if hint in _PLAIN]
+    floats = _getter([name for name, hint in hints if hint is float])
+    optional_floats = _getter([name for name, hint in hints if hint == _OPTIONAL_FLOAT])
+    others = [(name, _fits(hint)) for name, hint in hints if hint not in _PLAIN and hint != _OPTIONAL_FLOAT]
     other_values, checks = _getter([name for name, _ in others]), [check for _, check in others]
 
     def fits(value: object) -> bool:
-        if type(value) is not kind or tuple(map(type, plain_values(value))) != plain_types:
+        if type(value) is not kind or list(map(type, plain_values(value))) != plain_types:
             return False
+        if not math.isfinite(sum(floats(value))):  # type: ignore[arg-type]  # they are floats, by the line above
+            return False
+        for part in optional_floats(value):
+            if part is not None and not (type(part) is float and math.isfinite(part)):
+                return False
         for check, part in zip(checks, other_values(value), strict=True):  # noqa: SIM110  all() of a generator takes twice as long
             if not check(part):
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import re
@@ -10,15 +11,18 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from zlib import crc32
 
-from moebench.conform import misfit
+from moebench.conform import hints, misfit
 from moebench.device import Device
-from moebench.record import SCHEMA, Kernel, Manifest, Record, RecordError, Status, record_from_dict, to_json
+from moebench.record import SCHEMA, Manifest, Record, RecordError, Status, field_from_json, record_from_dict, to_json
 
 RUNS = Path("runs")  # where a run goes that is not told otherwise
 JOURNAL = "journal.jsonl"
@@ -33,7 +37,14 @@ RETRYABLE: frozenset[Status] = frozenset({"hang", "crash", "oom", "cuda_error", 
 ATTEMPTS = 2
 NOT_TRIED = "not tried:"  # begins the reason of a record that is no attempt: too large for what was free, or a device in quarantine
 
+SHARED = frozenset({"case", "error", "routing", "kernels", "contract", "roofline"})  # fields that are the same in many lines
+MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
+
 Cell = tuple[str, str, str, str, int]  # case key, backend, arch, scope, round: what one record is about
+
+_Seen = dict[str, dict[bytes, object]]  # field -> text -> value
+_CUT = -0x5EED_5EED_5EED  # stands for a field that was cut out of a line; equal to none of them
+_CUT_TEXT = b"%d" % _CUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +74,18 @@ def load_run(path: Path) -> Run:
     manifest = load_manifest(path)
     records: list[Record] = []
     offset, torn = 0, False
-    seen: dict[bytes, tuple[Kernel, ...]] = {}
-    for number, line in enumerate(_lines(path / JOURNAL), 1):
-        torn = not line.endswith(b"\n")
-        if torn:
-            break
-        try:
-            records.append(_parse(line[:-1], seen))
-        except _BadLine as error:
-            where = f"{path / JOURNAL}, line {number} (byte {offset})"
-            raise RecordError(f"{where}: {error}; moebench fsck {path} lists all that is wrong") from None
-        offset += len(line)
+    seen: _Seen = {}
+    with _without_collections():
+        for number, line in enumerate(_lines(path / JOURNAL), 1):
+            torn = not line.endswith(b"\n")
+            if torn:
+                break
+            try:
+                records.append(_parse(line[:-1], seen))
+            except _BadLine as error:
+                where = f"{path / JOURNAL}, line {number} (byte {offset})"
+                raise RecordError(f"{where}: {error}; moebench fsck {path} lists all that is wrong") from None
+            offset += len(line)
     return Run(path=path, manifest=manifest, records=tuple(records), torn=torn)
 
 
@@ -109,7 +121,7 @@ def problems(path: Path) -> list[Problem]:
     data = _read(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=b"")
     offset = 0
     seen: dict[Cell, int] = {}
-    kernels: dict[bytes, tuple[Kernel, ...]] = {}
+    known: _Seen = {}
     for number, line in enumerate(data.split(b"\n"), 1):
         last = offset + len(line) == len(data)
         if last and line:
@@ -117,7 +129,7 @@ def problems(path: Path) -> list[Problem]:
             found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=reason))
         elif not last:
             try:
-                record = _parse(line, kernels)
+                record = _parse(line, known)
             except _BadLine as error:
                 found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=str(error)))
             else:
@@ -214,6 +226,18 @@ def merge(runs: Iterable[Run]) -> list[Record]:
     return [r for r in chosen.values() if r.status != "skipped" or (r.case, r.backend, r.arch) not in attempted]
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Records hold no cycles, and looking for some among 100 000 of them takes a tenth of the time that reading them does."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _cell(record: Record) -> Cell:
     return (*record.key, record.scope, record.round)
 
@@ -227,66 +251,106 @@ def _line(record: Record) -> bytes:
     return b"%08x %s\n" % (crc32(body), body)
 
 
-def _parse(line: bytes, seen: dict[bytes, tuple[Kernel, ...]]) -> Record:
-    """seen: kernels of the lines before, by their text."""
+def _parse(line: bytes, seen: _Seen) -> Record:
+    """seen: fields of the lines before, by their text."""
     plain = line.startswith(b"{")
-    checksum, _, body = (b"", b"", line) if plain else line.partition(b" ")
-    if not plain and not re.fullmatch(rb"[0-9a-f]{8}", checksum):
-        raise _BadLine(f"is no record: {line[:40]!r}")
-    if not plain and int(checksum, 16) != crc32(body):
+    body = line if plain else line[9:]
+    if not plain and line[:9] != b"%08x " % crc32(body):
+        checksum, _, body = line.partition(b" ")
+        if not re.fullmatch(rb"[0-9a-f]{8}", checksum):
+            raise _BadLine(f"is no record: {line[:40]!r}")
         raise _BadLine(f"its checksum is {checksum.decode()} and that of its {len(body)} bytes is {crc32(body):08x}")
     try:
-        row, text, kernels = _row(body, seen)
+        row, made = _row(body, seen)
         schema = _check_schema(row.get("schema"))
         if plain and schema not in PLAIN:
             raise ValueError(f"has no checksum, as only schemas {' and '.join(PLAIN)} may; it says {schema}")
-        case = row.get("case")
-        experts = case.get("num_experts") if isinstance(case, dict) else None
-        if isinstance(experts, int) and experts > EXPERTS_LIMIT:
-            raise ValueError(f"case.num_experts is {experts}; the limit is {EXPERTS_LIMIT}")
-        record = record_from_dict(row)
-        problem = misfit(record, Record, "the record")
-        if kernels:  # of a line that was good, so not judged again
-            record = replace(record, kernels=kernels)
+        if "case" not in made:
+            _check_experts(row.get("case"))
+        record = record_from_dict(row, made)
+        problem = misfit(record, Record, "the record", frozenset(made))  # what is in made was judged when it was made
     except KeyError as error:
         raise _BadLine(f"lacks {error}") from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise _BadLine(_told(error)) from None
     if problem:
         raise _BadLine(problem)
-    if text:
-        seen.setdefault(text, record.kernels)
     if record.timing is not None and not record.timing.samples_us:
         raise _BadLine("the record.timing.samples_us is empty")
     return record
 
 
-def _row(body: bytes, seen: dict[bytes, tuple[Kernel, ...]]) -> tuple[dict[str, object], bytes, tuple[Kernel, ...]]:
-    """What the line holds, the text of its kernels, and these where they were seen before and are left out of the first.
+def _row(body: bytes, seen: _Seen) -> tuple[dict[str, object], dict[str, object]]:
+    """What the line holds, and those of its fields that are made and judged once for all lines with the same text.
 
-    Kernels are 6.7 of a record's 9 KB, and the same in most of a backend's records."""
-    rest, text = _split(body)
-    if text and text in seen:
+    They are most of a line: kernels alone are up to 6.7 of 9 KB. Each is cut out, and a number that none of them can be is put in its
+    place: where that does not turn up as the field's value, it was cut at the wrong place, and the line is read whole."""
+    made: dict[str, object] = {}
+    pieces: list[bytes] = []
+    start = 0
+    for name, before, after in _shared():
+        first = body.find(before, start)
+        last = body.find(after, first) if first >= 0 else -1
+        if last < 0:
+            continue
+        first += len(before)
+        text = body[first:last]
+        known = seen.setdefault(name, {})
+        value = known.get(text, _CUT)
+        if value is _CUT:
+            value = _judged_field(name, text)
+            if value is _CUT:
+                continue  # what is wrong with it, the line as a whole says
+            if len(known) < MOST_SEEN:
+                known[text] = value
+        made[name] = value
+        pieces += (body[start:first], _CUT_TEXT)
+        start = last
+    if made:
         try:
-            row = _json(rest)
+            row = _json(b"".join((*pieces, body[start:])))
         except ValueError:
-            row = None  # cut at the wrong place: what is wrong with the line, the whole of it says
-        if isinstance(row, dict) and "kernels" not in row:
-            return row, text, seen[text]
+            row = None
+        if isinstance(row, dict) and all(row.get(name) == _CUT for name in made):
+            return row, made
     row = _json(body)
     if not isinstance(row, dict):
         raise ValueError("is no record")
-    return row, text, ()
+    return row, {}
 
 
-def _split(body: bytes) -> tuple[bytes, bytes]:
-    """The line without its kernels, and their text; they stand between facts and scope, and a quote in a text has a backslash."""
-    start = body.find(b',"kernels":[')
-    end = body.find(b'],"scope":"', start)
-    return (body[:start] + body[end + 1 :], body[start:end]) if 0 <= start < end else (body, b"")
+def _judged_field(name: str, text: bytes) -> object:
+    """A field of a record from its text; _CUT where it is not what it should be."""
+    try:
+        value = _json(text)
+        if name == "case":
+            _check_experts(value)
+        made = field_from_json(name, value)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        return _CUT
+    return _CUT if misfit(made, hints(Record)[name], name) else made
+
+
+@cache
+def _shared() -> tuple[tuple[str, bytes, bytes], ...]:
+    """Fields that many lines have in common, with the text before and after their values: a quote within a text has a backslash."""
+    names = [field.name for field in fields(Record)]
+    return tuple(
+        (name, b'%c"%s":' % (b"," if number else b"{", name.encode()), b',"%s":' % following.encode())
+        for number, (name, following) in enumerate(pairwise(names))
+        if name in SHARED
+    )
+
+
+def _check_experts(case: object) -> None:
+    experts = case.get("num_experts") if isinstance(case, dict) else None
+    if isinstance(experts, int) and experts > EXPERTS_LIMIT:
+        raise ValueError(f"case.num_experts is {experts}; the limit is {EXPERTS_LIMIT}")
 
 
 def _check_schema(schema: object) -> str:
+    if schema == SCHEMA:
+        return SCHEMA
     if not isinstance(schema, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", schema):
         raise ValueError(f"schema is {str(schema)[:40]!r}, not a number such as {SCHEMA!r}")
     if schema.split(".")[0] != SCHEMA.split(".")[0]:
@@ -305,9 +369,20 @@ def _known(row: dict[str, Any], kind: type[Manifest | Device]) -> dict[str, Any]
 def _json(data: bytes) -> object:
     """Strict: JSON has no NaN and no Infinity. Raises ValueError."""
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        if data.isascii():  # as ours is; what follows looks for other encodings and for spaces as well
+            with suppress(ValueError):
+                text = data.decode("ascii")
+                value, end = _decoder().raw_decode(text)
+                if end == len(text):
+                    return value
+        return _decoder().decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+@cache  # json.loads makes one each time that it is given a parse_constant
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from statistics import fmean, median, quantiles
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
 from moebench.device import Device
@@ -45,6 +46,7 @@ L2Method = Literal["rotation", "read_flush", "replay", "none"]  # what made the 
 StopReason = Literal["interval", "max_samples", "max_s", "once", ""]
 Scope = Literal["experts", "layer"]  # from ids and weights to the weighted sum; or from router logits
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+T = TypeVar("T")
 
 
 class RecordError(Exception):
@@ -103,7 +105,7 @@ class Timing:
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
-    @property
+    @cached_property  # reports and the gate ask for it again and again
     def median_us(self) -> float:
         return median(self.samples_us)
 
@@ -152,15 +154,10 @@ class Contract:
     rank_aggregate: str  # how the ranks of an expert-parallel group become one number
     reference: str  # what decides that the output is right
 
-    @property
+    @cached_property  # records read from one journal share their contracts
     def id(self) -> str:
-        return _contract_id(self)
-
-
-@cache  # a run has a handful, in thousands of records
-def _contract_id(contract: Contract) -> str:
-    content = json.dumps(asdict(contract), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+        content = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,23 +296,34 @@ def to_json(item: Record | Manifest) -> str:
     return json.dumps(asdict(item), allow_nan=False, separators=(",", ":"))
 
 
-def record_from_dict(row: dict[str, object]) -> Record:
-    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out."""
-    row = _known(row) if _minor(str(row["schema"])) > _minor(SCHEMA) else row
-    values: dict[str, object] = dict(row)
-    values["case"] = Case(**row["case"])  # type: ignore[arg-type]
-    for name, kind in _PARTS.items():
-        value = row.get(name)
-        if isinstance(value, dict):
-            values[name] = _part(kind, value)
-    timing = row.get("timing")
-    if isinstance(timing, dict) and isinstance(timing.get("proof"), dict):
-        values["timing"] = _part(Timing, {**timing, "proof": _part(L2Proof, timing["proof"])})
-    kernels: list[dict[str, object]] = row.get("kernels", [])  # type: ignore[assignment]
-    values["kernels"] = tuple(_part(Kernel, kernel) for kernel in kernels)
+def record_from_dict(row: Mapping[str, object], made: Mapping[str, object] | None = None) -> Record:
+    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out.
+
+    made: fields that the caller has from field_from_json already; what the row holds of them is not looked at."""
+    newer = row["schema"] != SCHEMA and _minor(str(row["schema"])) > _minor(SCHEMA)
+    values = _known(row) if newer else dict(row)
+    values.update(made or {})
+    for name in _COMPOUND:
+        if made is None or name not in made:
+            value = values[name] if name == "case" else values.get(name)
+            if value is not None:
+                values[name] = field_from_json(name, value)
     if values["status"] not in STATUSES:
         raise ValueError(f"status {values['status']!r} is not one of {', '.join(STATUSES)}")
-    return Record(**values)  # type: ignore[arg-type]
+    return _made(Record, values)
+
+
+def field_from_json(name: str, value: object) -> object:
+    """The value of a field of Record. Raises as record_from_dict; what is of another kind altogether is given back as it is."""
+    if name == "kernels":
+        return tuple(_part(Kernel, kernel) for kernel in value)  # type: ignore[attr-defined]
+    if name == "case":
+        return Case(**value)  # type: ignore[arg-type]
+    if not isinstance(value, dict) or name not in _PARTS:
+        return value
+    if isinstance(value.get("proof"), dict):  # of a timing
+        value = {**value, "proof": _part(L2Proof, value["proof"])}
+    return _part(_PARTS[name], value)
 
 
 _LISTS: dict[type, tuple[str, ...]] = {Timing: ("samples_us", "window_s"), Realized: ("pairs_per_rank",), Telemetry: ("sm_mhz", "window_s")}
@@ -328,16 +336,29 @@ _PARTS: dict[str, type] = {
     "telemetry": Telemetry,
     "canary": Canary,
 }
+_COMPOUND = ("case", "kernels", *_PARTS)
 
 
-def _part(kind: type, value: dict[str, object]) -> object:
+def _part(kind: type[T], value: dict[str, object]) -> T:
+    lists: dict[str, object] = {}
     for name in _LISTS.get(kind, ()):
-        if isinstance(value.get(name), list):
-            value = {**value, name: tuple(value[name])}  # type: ignore[arg-type]
-    return kind(**value)
+        content = value.get(name)
+        if isinstance(content, list):
+            lists[name] = tuple(content)
+    return _made(kind, value | lists if lists else value)
 
 
-def _known(row: dict[str, object]) -> dict[str, object]:
+def _made(kind: type[T], values: dict[str, object]) -> T:
+    """kind(**values), in a third of its time where all fields are there and in their order: a frozen one assigns them one by one."""
+    names = _names(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
+    if list(values) != names:
+        return kind(**values)
+    made = object.__new__(kind)
+    made.__dict__.update(zip(names, values.values(), strict=True))  # the names of the class, which all of its instances share
+    return made
+
+
+def _known(row: Mapping[str, object]) -> dict[str, object]:
     kept = {name: value for name, value in row.items() if name in _names(Record)}
     for name, kind in _PARTS.items():
         value = kept.get(name)
@@ -346,8 +367,10 @@ def _known(row: dict[str, object]) -> dict[str, object]:
     return kept
 
 
-def _names(kind: type) -> set[str]:
-    return {f.name for f in fields(kind)}
+@cache
+def _names(kind: type) -> list[str]:
+    assert not hasattr(kind, "__post_init__")  # _made would leave it out
+    return [f.name for f in fields(kind)]
 
 
 def _minor(schema: str) -> int:

@@ -314,6 +314,15 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return exp(fmean(logs)), exp(fmean(logs) - half), exp(fmean(logs) + half)
 
 
+def cycles_per_us() -> float:
+    """Of the SM clock, from sleeps of about 1 and 3 ms: what launch, drain and events add is in both and cancels."""
+    import torch
+
+    short, long = 2_000_000, 6_000_000
+    times_us = _regions_us([lambda: torch.cuda._sleep(short), lambda: torch.cuda._sleep(long)] * 5)
+    return (long - short) / median(b - a for a, b in zip(times_us[::2], times_us[1::2], strict=True))
+
+
 def main(pipe: BinaryIO) -> None:
     """The child: says what GPU it has, then does the parts in turn until one fails."""
     parts: list[str] = take()["parts"]  # type: ignore[assignment]
@@ -441,28 +450,19 @@ def _bias_on_gpu(device: Device, tell: Tell) -> list[Row]:
     }
     tell("how fast the SM clock runs")
     _regions_us([spin(6_000_000)] * 100)  # 0.3 s bring the clock up
-    cycles_per_us = _cycles_per_us()
+    rate = cycles_per_us()
     rows: list[Row] = []
     for method, timed_us in methods.items():
         tell(f"timing calls of known length: {method}")
         empty_us = timed_us(spin(0))
         for length_us in LENGTHS_US:
-            cycles = round(length_us * cycles_per_us)
-            before = _cycles_per_us()
+            cycles = round(length_us * rate)
+            before = cycles_per_us()
             time_us = timed_us(spin(cycles))
-            after = _cycles_per_us()
+            after = cycles_per_us()
             length = cycles / fmean((before, after))
             rows.append(Bias(method=method, length_us=length, time_us=time_us, empty_us=empty_us, clock_moved=abs(after / before - 1)))
     return rows
-
-
-def _cycles_per_us() -> float:
-    """Of the SM clock, from sleeps of about 1 and 3 ms: what launch, drain and events add is in both and cancels."""
-    import torch
-
-    short, long = 2_000_000, 6_000_000
-    times_us = _regions_us([lambda: torch.cuda._sleep(short), lambda: torch.cuda._sleep(long)] * 5)
-    return (long - short) / median(b - a for a, b in zip(times_us[::2], times_us[1::2], strict=True))
 
 
 def _cold_on_gpu(device: Device, tell: Tell) -> list[Row]:

@@ -189,8 +189,8 @@ class _Pair:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        rows = [side[number] for number in self.rounds for side in (self.base, self.candidate)]
-        return tuple(name for name in FLAGS if any(name in self._doubts(row) for row in rows))
+        found = set().union(*(self._doubts(side[number]) for number in self.rounds for side in (self.base, self.candidate)))
+        return tuple(name for name in FLAGS if name in found)
 
     def _doubts(self, row: Record) -> set[str]:
         return row.flags.keys() - self.allowed_flags if row.flags else set()
@@ -496,8 +496,12 @@ def _between(found: Findings, number: int, rule: Rule) -> str:
 
 
 def _nothing(pairs: Sequence[_Pair], exact: Sequence[Verdict], options: Options) -> str:
+    least = options.rule.least_rounds
+    if any(len(pair.rounds) >= least for pair in pairs):
+        flags = ", ".join(name for name in FLAGS if any(name in pair.flags for pair in pairs))
+        return f"no cell has {least} rounds beyond doubt on both sides: {flags} (--allow-flag uses them all the same)"
     if pairs:
-        return f"no cell has the {options.rule.least_rounds} rounds on both sides that a verdict needs"
+        return f"no cell has the {least} rounds on both sides that a verdict needs"
     if exact:
         return f"no cell can be compared; the first: {exact[0].reason}"
     return "the runs have no case and backend in common that was timed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,18 +38,21 @@ def made(path: Path, seed: int) -> Path:
 
 def seconds_of_a_gate(home: Path) -> None:
     paths = made(home / "base", 1), made(home / "candidate", 2)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     runs: list[Run] = [load_run(path) for path in paths]
-    loaded = time.perf_counter()
+    loaded = time.perf_counter(), time.process_time()
     judge(*runs)
-    judged = time.perf_counter()
+    judged = time.perf_counter(), time.process_time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = "from moebench.commands.gate import gate; gate()"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)], cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, check=False
     ).returncode
-    ended = time.perf_counter()
-    sys.stdout.write(f"{CELLS} cells, {ROUNDS} rounds, {2 * CELLS * ROUNDS} records: {loaded - start:.2f} s to load two runs, ")
-    sys.stdout.write(f"{judged - loaded:.2f} s to judge, {ended - judged:.2f} s for the command (exit status {done})\n")
+    ended, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    load, judging = (f"{b[0] - a[0]:.2f} s ({b[1] - a[1]:.2f} of CPU)" for a, b in ((start, loaded), (loaded, judged)))
+    sys.stdout.write(f"{CELLS} cells, {ROUNDS} rounds, {2 * CELLS * ROUNDS} records: {load} to load two runs, {judging} to judge, ")
+    sys.stdout.write(f"{ended - judged[0]:.2f} s ({cpu_s:.2f} of CPU) for the command (exit status {done})\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Two installations in turns: the order of the turns, what two looks decide, and what goes wrong with an arm. The sweeps are stand-ins."""
 
 import random
+import re
+import shutil
 import stat
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
@@ -17,6 +20,8 @@ from moebench.plan import build
 from moebench.record import RecordError
 from moebench.verdict import Verdict
 from tests import rounds
+from tests.running import ROOT
+from tests.test_architecture import INSTALLED_INSIDE
 
 PYTHONS = ("/base/python", "/cand/python")
 
@@ -166,3 +171,22 @@ def test_an_interpreter_that_does_not_exist_is_a_mistake_in_the_options(tmp_path
     done = run_ab(tmp_path)
     assert done.exit_code == 2
     assert "no such program" in done.stderr
+
+
+def test_each_arm_runs_the_tree_that_its_own_interpreter_finds(tmp_path, monkeypatch):
+    """Real sweeps by two interpreters, each with a copy of the tree; the working directory holds a third."""
+    monkeypatch.chdir(ROOT)
+    pythons = []
+    for name, version in (("base", "0.1.0"), ("cand", "0.2.0")):
+        tree = tmp_path / name
+        for directory in ("moebench", *INSTALLED_INSIDE, "plans"):
+            shutil.copytree(ROOT / directory, tree / directory, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        start = tree / "moebench" / "__init__.py"
+        start.write_text(re.sub('__version__ = ".*"', f'__version__ = "{version}"', start.read_text()))
+        pythons.append(script(tmp_path / f"python-{name}", f'PYTHONPATH={tree} exec {sys.executable} "$@"'))
+    order = [turn for turn in turns(tmp_path / "first", (pythons[0], pythons[1]), 1, 0) if turn.arm != "control"]
+    for turn in order:
+        take(turn, ["--model", "tiny", "--tokens", "1", "--backend", "torch", "--repeat-check", "2"])
+    runs = [collect(order, arm) for arm in ("base", "cand")]
+    assert [run.manifest.versions["moebench"] for run in runs] == ["0.1.0", "0.2.0"]
+    assert [[record.status for record in run.records] for run in runs] == [["ok"], ["ok"]]

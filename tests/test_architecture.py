@@ -22,8 +22,8 @@ LAYERS = [
     {"verdict", "gate_simulation"},
     {"reference", "kernels", "reports", "registry", "machine", "simulated", "baselines"},
     {"trial", "capture", "prebuild", "calibrate", "doctor", "profile", "soak", "api", "ab"},
-    {"worker", "selfcheck"},
-    {"sweep"},
+    {"worker", "selfcheck", "gate_check"},
+    {"sweep", "gate_worker"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -45,6 +45,7 @@ NEVER_TORCH = {
     *("case", "routing", "record", "journal", "plan", "backend", "registry", "reports", "prebuild", "sweep", "commands", "cli", "__main__"),
     *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
     *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
+    "gate_check",
 }
 
 

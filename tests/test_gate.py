@@ -247,6 +247,12 @@ def test_rows_in_doubt_neither_pass_nor_fail_a_cell():
     assert allowed.answer == "fail"
 
 
+def test_where_every_row_is_in_doubt_the_flags_and_the_way_out_are_named():
+    found = judge(BASE, run("noisy", change=lambda row: replace(row, flags={"unstable": "x"})))
+    assert found.answer == "none"
+    assert found.reasons == ("no cell has 6 rounds beyond doubt on both sides: unstable (--allow-flag uses them all the same)",)
+
+
 def test_a_round_or_two_in_doubt_are_left_out():
     def flagged(row):
         return replace(row, flags={"unstable": "x"}, timing=replace(row.timing, samples_us=(900.0,))) if row.round in (3, 7) else row

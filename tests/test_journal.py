@@ -17,7 +17,7 @@ from moebench.case import case
 from moebench.cli import main
 from moebench.device import Device
 from moebench.failure import shortage
-from moebench.journal import InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
+from moebench.journal import _CUT, SHARED, InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
 from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
 from moebench.routing import Realized
 from tests import rounds
@@ -303,3 +303,41 @@ def test_a_whole_record_is_known_to_be_good_without_looking_for_a_sentence(monke
     monkeypatch.setattr(conform, "_misfit", lambda value, annotation, where: f"{where} was looked at")  # 20 times as slow
     assert conform.misfit(row, Record, "record") == ""
     assert conform.misfit(replace(row, round="1"), Record, "record") == "record was looked at"
+
+
+@pytest.mark.parametrize("row", [RECORD, rounds.rows(1, 1, lambda cell, number: 50.0, run_id="r")[0], replace(RECORD, timing=None)])
+def test_what_lines_have_in_common_is_made_once_for_all_of_them(tmp_path, row):
+    more = replace(
+        row, backend="c", round=1, reason='{"case":{},"backend":"b"},"kernels":[],"launches_compared":0', facts={"kernels": "none"}
+    )
+    first, second = load_run(run_directory(tmp_path / "run", row, more)).records
+    assert (first, second) == (row, more)
+    for name in SHARED:
+        assert getattr(first, name) is getattr(second, name), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ('"kernels":[]', '"kernels":[{"name":"k"}]', "count"),
+        ('"top_k":4', '"top_k":"4"', "line 2"),
+        ('"top_k":4', '"top_k":4,"top_l":4', "top_l"),
+        ('"num_experts":8', '"num_experts":1000000000000', "the limit is"),
+        ('"load_max_over_mean":2.0', '"load_max_over_mean":1e999', r"load_max_over_mean is inf, not a finite number"),
+        ('"contract":null', f'"contract":{_CUT}', "contract"),
+        ('"facts":{}', '"facts":{"x":1,"kernels":[],"launches_compared":0}', "kernels"),
+        ('"contract":null', '"contract":null]', "line 2"),
+        ('"reason":""', '"reason":","routing":null,"prepare_s":""', "line 2"),
+    ],
+)
+def test_what_lines_have_in_common_is_judged_as_strictly_as_the_rest(tmp_path, old, new, part):
+    text = to_json(RECORD)
+    assert old in text
+    path = run_directory(tmp_path / "run", RECORD)
+    bad = checked(text.replace(old, new))
+    for _ in range(2):  # a text that was refused is refused again
+        with (path / "journal.jsonl").open("a") as file:
+            file.write(bad + "\n")
+        with pytest.raises(RecordError, match=part):
+            load_run(path)
+    assert [problem.line for problem in problems(path)] == [2, 3]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moebench.baselines import BaselineError, is_baseline, is_store, load, matching
 from moebench.commands.outcome import NO_VERDICT, OK, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
+from moebench.commands.uncollected import uncollected
 from moebench.flags import FLAGS
 from moebench.gate import Rule
 from moebench.journal import Run, load_run
@@ -79,6 +80,7 @@ def output_options(command: click.decorators.FC) -> click.decorators.FC:
 @click.option("--trust-stored", is_flag=True, help="Let a stored baseline fail a change, by the band its own jobs calibrate.")
 @rule_options
 @output_options
+@uncollected()
 def gate(
     base: Path,
     candidate: Path,

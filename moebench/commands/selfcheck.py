@@ -17,8 +17,12 @@ from rich.text import Text
 from moebench import registry
 from moebench.case import case
 from moebench.commands.axes import plugins
+from moebench.commands.gate_selfcheck import check_the_gate
 from moebench.commands.outcome import INTERRUPTED, OK, POINTS_FAILED, USAGE, fail
 from moebench.device import Device
+from moebench.gate import Rule
+from moebench.gate_check import GATES
+from moebench.gate_check import Plan as GatePlan
 from moebench.plan import Plan, Point
 from moebench.record import Record
 from moebench.reports.text import clean, us
@@ -26,6 +30,7 @@ from moebench.selfcheck import Bias, Check, Cold, Cost, Noise, Part, Row, Tried,
 from moebench.sweep import SweepError, now_id, run, survey
 
 TOKENS = (1, 64, 1024)
+LEAST_ROUNDS = Rule().least_rounds
 SIMULATED = "simulated clock"
 TITLES = {
     "bias": "Calls of known length",
@@ -40,24 +45,34 @@ TITLES = {
 
 @click.command()
 @click.option(
-    "--rounds", type=click.IntRange(0, 100), default=5, show_default=True, metavar="N", help="Fresh processes for the noise; 0: none."
+    "--rounds", type=click.IntRange(0, 100), metavar="N", help="Fresh processes for the noise; 0: none.  [default: 5; with --gate 6 a side]"
 )
 @click.option("--backend", help="Whose noise.  [default: triton_mxfp4_bf16 on sm80 and later, else torch]")
+@click.option("--gate", is_flag=True, help="Check the regression gate instead: the same code, and slower calls, as it sees them.")
+@click.option("--gates", type=click.IntRange(1, 100), metavar="N", help=f"With --gate: gates of the same code.  [default: {GATES}]")
 @click.option("--simulated", is_flag=True, help="Check against the simulated clock, as on a machine without a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; everything else goes to stderr.")
-def selfcheck(rounds: int, backend: str | None, simulated: bool, as_json: bool) -> None:
+def selfcheck(rounds: int | None, backend: str | None, gate: bool, gates: int | None, simulated: bool, as_json: bool) -> None:
     """Time what is known and say whether the times of this machine can be trusted, and how exactly.
 
-    On a GPU: what the timer adds, what a cold L2, NVTX ranges and telemetry cost, and how fresh processes differ. Run it while
-    nothing else uses the GPU. Without one the same is tried on a simulated clock. Exit status: 0 all is well, 3 something is not,
-    130 interrupted."""
-    if rounds == 1:
+    On a GPU: what the timer adds, what a cold L2, NVTX ranges and telemetry cost, and how fresh processes differ. With --gate: what
+    `moebench gate` says here of the same code in fresh processes, and of calls with a spin kernel of 2, 3, 5 and 10 % of their time
+    appended. Run it while nothing else uses the GPU. Without one the same is tried on a simulated clock. Exit status: 0 all is well, 3
+    something is not, 130 interrupted."""
+    if rounds == 1 and not gate:
         fail(["--rounds 1: one process cannot show how processes differ; give 0 or at least 2"], USAGE)
+    if gate and rounds is not None and rounds < LEAST_ROUNDS:
+        fail([f"--rounds {rounds}: a gate decides nothing below {LEAST_ROUNDS} rounds"], USAGE)
+    if gates is not None and not gate:
+        fail([f"--gates {gates} is for --gate, which was not given"], USAGE)
     try:
         if backend is not None and backend not in registry.names():
             fail([f"--backend: {registry.unknown(backend)}"], USAGE)
     except registry.RegistryError as error:
         fail([str(error)], USAGE)
+    if gate:
+        check_the_gate(GatePlan(gates=gates or GATES, rounds=rounds or LEAST_ROUNDS), backend or "triton_mxfp4_bf16", simulated, as_json)
+    rounds = 5 if rounds is None else rounds
     console = Console(stderr=as_json, highlight=False)
     name = "this machine"
     parts: list[Part] = []
