@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from moebench.record import Record
 from moebench.reports.grid import DAGGER, rank_name
+from moebench.reports.layers import WHERE_ALL_ARE
 from moebench.reports.markup import Child, Html, join, tag
 from moebench.reports.reproduce import command
 from moebench.reports.text import count, percent, slug, us
@@ -38,7 +39,7 @@ def all_rows(records: Sequence[Record]) -> list[Html]:
     )
     blocks = [_filters(kept), tag("div", inner, class_="scroll", role="region", aria_label="All rows", tabindex=0)]
     if len(records) > len(kept):
-        told = f"The first {len(kept)} of {len(records)} rows; moebench report --format csv or json has them all."
+        told = f"The first {len(kept)} of {len(records)} rows; {WHERE_ALL_ARE}."
         blocks.append(tag("p", told, class_="note"))
     return blocks
 

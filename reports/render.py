@@ -25,10 +25,7 @@ def png(figure: Figure, directory: Path) -> list[Path]:
     paths = []
     for look, ending in ((LIGHT, ""), (DARK, "-dark")):
         path = directory / f"{figure.name}{ending}.png"
-        with drawn_on_canvas(figure, look) as canvas:
-            canvas.suptitle(
-                textwrap.fill(clean(figure.title), 100), x=0.01, ha="left", color=look.ink, fontsize=look.font + 1, weight="bold"
-            )
+        with drawn_on_canvas(figure, look, textwrap.wrap(clean(figure.title), 90)) as canvas:
             canvas.savefig(path, dpi=72 * PNG_SCALE, facecolor=look.surface, metadata={"Software": None, "Title": clean(figure.title)})
         paths.append(path)
     return paths

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from moebench.cli import main
 from moebench.flags import FLAGS
 from moebench.reports import drawing
+from moebench.reports.layers import MOST_LAYERS
 from moebench.reports.markup import Html, breakable, escape, table, tag
-from moebench.reports.page import page
+from moebench.reports.page import MOST_FIGURES, MOST_LINES, page
 from moebench.reports.reproduce import command
 from tests.full_records import CONTRACT, HOSTILE, full, hostile_run, whole_run
 from tests.made_runs import run, timed, untimed, write_run
@@ -213,7 +214,34 @@ def test_many_layers_show_their_first_figure_and_fold_the_others():
 
 def test_a_page_has_so_many_figures_and_says_so_of_the_others():
     told = shown(*(full(name, m, us + m, seed=s) for s in range(12) for name, us in (("a", 20.0), ("b", 30.0)) for m in (1, 4)))
-    assert told.sections["times"].count("No figures here: a page has at most 40.") == 2
+    assert len(told.all("figure")) == MOST_FIGURES
+    names = [figure["id"] for figure in told.all("figure")]
+    assert [sum(name.startswith(f"figure-{kind}-") for name in names) for kind in ("latency", "winners")] == [12, 1]
+    missing = 12 * 4 + 2 - MOST_FIGURES
+    said = [int(number) for number in re.findall(r"(\d+) figures? of this ha(?:s|ve) no place here", told.sections["times"])]
+    assert sum(said) == missing
+
+
+def test_a_page_of_many_layers_shows_some_and_says_what_all_of_them_say():
+    layers = MOST_LAYERS + 5
+    rows = [
+        full(name, m, us + m, seed=s)
+        for s in range(layers)
+        for name, us in (("a", 20.0), ("b", 30.0 if s < MOST_LAYERS else 10.0))
+        for m in (1, 4)
+    ]
+    told = shown(*rows)
+    assert told.sections["times"].count("The numbers") == MOST_LAYERS
+    assert f"{layers} layers were timed. One by one the first {MOST_LAYERS} are shown" in told.sections["answer"]
+    assert "gpt-oss-20bCUDA graph replay, cold L2, NVIDIA H200b1307.7 %" in told.sections["answer"]
+    assert "All layers together" not in shown(*rows[: 4 * MOST_LAYERS]).sections["answer"]
+
+
+def test_a_table_of_many_reasons_ends_with_where_the_others_are():
+    told = shown(*(untimed("a", m, "failed", f"reason {m}") for m in range(MOST_LINES + 7)))
+    assert f"reason {MOST_LINES - 1}" in told.sections["left-out"]
+    assert f"reason {MOST_LINES}a" not in told.sections["left-out"]
+    assert f"The first {MOST_LINES} of {MOST_LINES + 7}; results.csv" in told.sections["left-out"]
 
 
 def test_a_page_without_records_still_says_what_ran():
