@@ -11,7 +11,7 @@ from moebench.reports.markup import Child, Html, join, tag
 from moebench.reports.reproduce import command
 from moebench.reports.text import count, percent, slug, us
 
-MOST_ROWS = 5000  # a browser lays out so many in about a second
+MOST_ROWS = 3000  # 2.4 MB, which a browser lays out within a second
 WORDS = frozenset(("backend", "layer", "rank", "status", "limit", "doubts", "contract", "do it again"))
 
 

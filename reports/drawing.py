@@ -121,6 +121,7 @@ class End:
     y: float
     colour: str
     marker: str = ""
+    dashed: bool = False
 
 
 # Contrast with the surface is at least 4.5:1 for text colours and 3:1 for lines; the same values are in reports/page.css.
@@ -214,18 +215,18 @@ def panel(
     left, right, bottom, top = box or (0, sheet.width, 0, sheet.height)
     beside = look.wide if names_at_ends is None else names_at_ends
     if ends and not beside:
-        bottom = legend(sheet, [(f"-{end.marker}", end.colour, end.text) for end in ends], bottom=bottom)
+        bottom = legend(sheet, [(f"{'--' if end.dashed else '-'}{end.marker}", end.colour, end.text) for end in ends], bottom=bottom)
     tick = look.font - 1
     made = Panel(
         sheet=sheet,
         x=x,
         y=y,
         left=left + max((width_of(text, tick) for _, text in y.ticks), default=0) + 12,
-        right=right - (max((width_of(end.text, look.font) for end in ends), default=0) + 26 if ends and beside else 12),
+        right=right - (max((width_of(end.text, look.font) for end in ends), default=0) + 28 if ends and beside else 12),
         bottom=bottom + tick + 12 + (look.font + 6 if xlabel else 0),
         top=top - (look.font + 14 if title else 8),
     )
-    across = _fitting(x, made.right - made.left, lambda text: width_of(text, tick) + 6)
+    across = _fitting(x, made.right - made.left, lambda text: width_of(text, tick) + 8)
     up = _fitting(y, made.top - made.bottom, lambda _: tick * 1.3)
     grid = [((made.at(value, y.low)[0], made.bottom), (made.at(value, y.low)[0], made.top)) for value, _ in across]
     grid += [((made.left, made.at(x.low, value)[1]), (made.right, made.at(x.low, value)[1])) for value, _ in up]
@@ -254,7 +255,7 @@ def lines(made: Panel, series: Mapping[str, Sequence[Value]], *, band: bool = Tr
         if band:
             above = [made.at(value.x or value.tokens, min(value.high, made.y.high)) for value in values]
             below = [made.at(value.x or value.tokens, max(value.low, made.y.low)) for value in values]
-            area(made.sheet, [*above, *reversed(below)], look.colour(index), 0.25)
+            areas(made.sheet, [[*above, *reversed(below)]], look.colour(index), 0.25)
         if dashed:
             line(made.sheet, places, look.colour(index), 1.1, dashes=(3, 2))
         else:
@@ -317,7 +318,7 @@ def names_axis(names: Sequence[str]) -> Axis:
 
 
 def legend(sheet: Sheet, entries: Sequence[tuple[str, str, str]], *, bottom: float = 0) -> float:
-    """Below the plot: marker, with - before it on a line, colour, words; in the wide look side by side. How high it reaches."""
+    """Below the plot: marker, with - before it on a line, -- on a dashed one, colour, words; wide: side by side. Its height."""
     look, x, row = sheet.look, 10.0, 0
     places = []
     for index, (_, _, words) in enumerate(entries):
@@ -329,9 +330,9 @@ def legend(sheet: Sheet, entries: Sequence[tuple[str, str, str]], *, bottom: flo
     for (marker, colour, words), (x, at) in zip(entries, places, strict=True):
         y = bottom + 9 + 19 * (row - at)
         if marker.startswith("-"):
-            line(sheet, [(x, y), (x + 18, y)], colour, 1.8)
+            line(sheet, [(x, y), (x + 18, y)], colour, 1.8, dashes=(4, 3) if marker.startswith("--") else None)
         if marker.strip("-"):
-            line(sheet, [(x + 9, y)], colour, 0, marker=marker.strip("-"))
+            line(sheet, [(x + 9, y)], colour, 0, marker=marker.strip("-"), size=9 if marker == "s" else 6)
         write(sheet, (x + 24, y), words, va="center")
     return bottom + 19 * (row + 1) + 4
 
@@ -368,7 +369,7 @@ def line(
     width: float,
     *,
     marker: str = "",
-    size: float = 4.5,
+    size: float = 5.0,
     alpha: float = 1,
     dashes: tuple[float, float] | None = None,
 ) -> None:
@@ -403,20 +404,16 @@ def stroke(sheet: Sheet, segments: Iterable[tuple[tuple[float, float], tuple[flo
         sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor="none", edgecolor=colour, linewidth=width))
 
 
-def area(sheet: Sheet, corners: Sequence[tuple[float, float]], colour: str, alpha: float, edge: str = "none") -> None:
-    from matplotlib.patches import Polygon
+def areas(sheet: Sheet, found: Sequence[Sequence[tuple[float, float]]], colour: str, alpha: float, edge: str = "none") -> None:
+    """Areas of one look, each by its corners, as one path."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
 
-    sheet.canvas.add_artist(
-        Polygon(
-            corners,
-            closed=True,
-            transform=sheet.points,
-            facecolor=colour,
-            edgecolor=edge,
-            alpha=alpha,
-            linewidth=1 if edge != "none" else 0,
-        )
-    )
+    points = [point for corners in found for point in (*corners, corners[0])]
+    codes = [code for corners in found for code in (Path.MOVETO, *[Path.LINETO] * (len(corners) - 1), Path.CLOSEPOLY)]
+    width = 0 if edge == "none" else 1
+    path = Path(points, codes)
+    sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor=colour, edgecolor=edge, alpha=alpha, linewidth=width))
 
 
 def width_of(text: str, size: float) -> float:
@@ -449,8 +446,8 @@ def _label_ends(made: Panel, ends: Sequence[End]) -> None:
     gap = min(look.font * 1.3, (made.top - made.bottom + look.font) / max(len(ends), 1))
     for end, y in zip(ordered, spread(wanted, gap, made.bottom, made.top), strict=True):
         if end.marker:
-            line(made.sheet, [(made.right + 10, y)], end.colour, 0, marker=end.marker)
-        write(made.sheet, (made.right + 18, y), end.text, colour=end.colour, va="center")
+            line(made.sheet, [(made.right + 11, y)], end.colour, 0, marker=end.marker, size=6)
+        write(made.sheet, (made.right + 20, y), end.text, colour=end.colour, va="center")
 
 
 def spread(wanted: Sequence[float], gap: float, least: float, most: float = math.inf) -> list[float]:

@@ -16,7 +16,7 @@ from moebench.reports.drawing import (
     Look,
     Sheet,
     Value,
-    area,
+    areas,
     ends_of,
     legend,
     line,
@@ -34,6 +34,8 @@ from moebench.reports.grid import Family, Grid, Point
 from moebench.reports.layers import Layers, layers
 from moebench.reports.ranks import Imbalance, balancedness, imbalances
 from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
+
+MOST_MAP_ROWS = 12  # layers; a cell has a text, which takes 1 ms to draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +141,16 @@ def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
         alike[family.device, family.arch, grid.scope, grid.contract_id].append((family, grid))
     found = []
     for number, here in enumerate(alike.values(), 1):
-        cells, rows, columns, across = _cells(here)
+        cells, rows, columns, across = _cells(here[:MOST_MAP_ROWS])
         if len(rows) < 2 or len(columns) < 2:
             continue
         names = list(dict.fromkeys(name for _, grid in here for name in grid.backends))
         if any(contested(grid) for _, grid in here):
-            found.append(_winner_map(here[0], names, cells, rows, columns, across, number))
+            drawn = _winner_map(here[0], names, cells, rows, columns, across, number)
         else:
-            found.append(_time_map(here[0], cells, rows, columns, across, number))
+            drawn = _time_map(here[0], cells, rows, columns, across, number)
+        left = len(here) - MOST_MAP_ROWS
+        found.append(replace(drawn, notes=(f"Only the first {MOST_MAP_ROWS} of {len(here)} layers.",)) if left > 0 else drawn)
     return found
 
 
@@ -218,7 +222,7 @@ def _latency(family: Family, grid: Grid, name: str) -> Figure:
         look, dashed = sheet.look, [(tokens, value) for tokens, value, _ in floors] if len(floors) > 1 else []
         times = [end for values in series.values() for value in values for end in (value.y, value.low or value.y, value.high)]
         ends = ends_of(series, look)
-        ends += [End(text="floor", y=dashed[-1][1], colour=look.muted)] if dashed else []
+        ends += [End(text="floor", y=dashed[-1][1], colour=look.muted, dashed=True)] if dashed else []
         up = log_axis([*times, *(value for _, value in dashed)])
         made = panel(sheet, token_axis(_all_tokens(series)), up, title="microseconds a call", xlabel="tokens", ends=ends)
         if dashed:
@@ -498,12 +502,17 @@ def _map(
     for index, name in enumerate(over) if turned else ():
         x, _ = made.at(index, 0)
         write(sheet, (x, made.bottom - 6), label(name), colour=look.muted, size=look.font - 1, ha="center", va="top", rotation=90)
+    painted: dict[tuple[str, float], list[list[tuple[float, float]]]] = defaultdict(list)
+    written = []
     for (row, column), cell in cells.items():
         x, y = (columns.index(column), rows.index(row)) if look.wide else (rows.index(row), columns.index(column))
         face, ink, text, alpha = paint(cell, look)
-        corners = [made.at(x + dx, y + dy) for dx, dy in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))]
-        area(sheet, corners, face, alpha, look.surface)
-        write(sheet, made.at(x, y), text, colour=ink, size=look.font - (1.5 if look.wide else 2), ha="center", va="center")
+        painted[face, alpha].append([made.at(x + dx, y + dy) for dx, dy in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))])
+        written.append((made.at(x, y), text, ink))
+    for (face, alpha), corners in painted.items():
+        areas(sheet, corners, face, alpha, look.surface)
+    for place, text, ink in written:
+        write(sheet, place, text, colour=ink, size=look.font - (1.5 if look.wide else 2), ha="center", va="center")
 
 
 def _map_height(rows: Sequence[str], columns: Sequence[str], look: Look, legend: int) -> float:

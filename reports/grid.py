@@ -150,9 +150,16 @@ class Grid:
         return method_name(self.method) + whole + (f" ({self.differs})" if self.differs else "")
 
     def base(self, wanted: str | None = None) -> str | None:
-        """What the others are divided by: the wanted one, else the torch reference, where they count, else the first that does."""
-        able = [name for name in self.backends if any(row[name].counts for row in self.rows.values())]
-        return next((name for name in (wanted, BASELINE) if name in able), able[0] if able else None)
+        """What the others are divided by: the wanted one, else the torch reference, where they count, else what counts at the most token
+        counts, the first of these: one that holds few tokens would leave the others without a ratio."""
+        able = self._able
+        return next((name for name in (wanted, BASELINE) if name in able), next(iter(able), None))
+
+    @cached_property
+    def _able(self) -> tuple[str, ...]:
+        """Backends that count somewhere, at the most token counts first."""
+        counted = {name: sum(row[name].counts for row in self.rows.values()) for name in self.backends}
+        return tuple(sorted((name for name in self.backends if counted[name]), key=lambda name: -counted[name]))
 
     def times_as_fast(self, num_tokens: int, backend: str, wanted: str | None = None) -> float | None:
         """As the baseline, or None where one of the two does not count."""

@@ -225,5 +225,5 @@ def test_labels_that_would_touch_are_pushed_apart_in_order():
 def test_ticks_that_would_touch_are_left_out_and_the_last_one_stays():
     crowded = [full(name, m, us + m) for name, us in (("a", 10.0), ("b", 20.0)) for m in range(1, 41)]
     shown = [text for text in texts(figures.album(crowded).figures[0], NARROW) if text.isdigit()]
-    assert shown[shown.index("40") - 1] == "31"
+    assert shown[shown.index("40") - 1] == "30"
     assert "39" not in shown

@@ -68,13 +68,13 @@ WHOLE = shown(*whole_run())
 
 def test_the_page_tells_its_story_in_order():
     assert [section["id"] for section in WHOLE.all("section")] == [
-        *("what", "answer", "times", "ep", "maps", "numerics", "flags", "left-out", "provenance", "rows")
+        *("answer", "what", "times", "ep", "maps", "numerics", "flags", "left-out", "provenance", "rows")
     ]
     linked = [a["href"] for a in WHOLE.all("a") if not a["href"].startswith("#flag-")]
     assert linked == ["#flags", *(f"#{section['id']}" for section in WHOLE.all("section"))]
 
 
-def test_what_ran_is_told_first():
+def test_what_ran_is_told():
     told = WHOLE.sections["what"]
     assert all(fact in told for fact in ("NVIDIA H200", "580.159.04", "2026-11-22", "torch 2.13.0", "moebench sweep"))
     assert "gpt-oss-20b experts on NVIDIA H200" in "".join(WHOLE.text)
@@ -201,7 +201,7 @@ def test_a_run_on_a_cpu_is_worth_reading():
     assert "At 1 to 4 tokens torch is fastest (4.44x as fast as the next)." in told.sections["answer"]
     assert "1000000†" in told.sections["times"]
     assert "triton_mxfp4_bf16: ran in Triton's interpreter" in told.sections["times"]
-    assert [section["id"] for section in told.all("section")] == ["what", "answer", "times", "numerics", "flags", "provenance", "rows"]
+    assert [section["id"] for section in told.all("section")] == ["answer", "what", "times", "numerics", "flags", "provenance", "rows"]
 
 
 def test_many_layers_show_their_first_figure_and_fold_the_others():
@@ -220,6 +220,18 @@ def test_a_page_has_so_many_figures_and_says_so_of_the_others():
     missing = 12 * 4 + 2 - MOST_FIGURES
     said = [int(number) for number in re.findall(r"(\d+) figures? of this ha(?:s|ve) no place here", told.sections["times"])]
     assert sum(said) == missing
+
+
+def test_a_page_has_as_many_figures_as_are_asked_for(tmp_path):
+    directory = write_run(tmp_path / "r", *(full(name, m, us + m) for name, us in (("a", 20.0), ("b", 30.0)) for m in (1, 4)))
+    for most in (0, 2, 99):
+        assert report(directory, "--out", tmp_path / f"{most}.html", "--figures", most).exit_code == 0
+    assert [(tmp_path / f"{most}.html").read_text().count("<figure") for most in (0, 2, 99)] == [0, 2, 5]
+
+
+def test_the_command_and_the_page_have_one_default():
+    (option,) = [option for option in main.get_command(click.Context(main), "report").params if option.name == "figures"]
+    assert option.default == MOST_FIGURES
 
 
 def test_a_page_of_many_layers_shows_some_and_says_what_all_of_them_say():
