@@ -15,12 +15,13 @@ Shared: TypeAlias = "dict[tuple[str, str, str], list[Record]]"  # backend, arch,
 def launched(records: Iterable[Record]) -> Shared:
     """`name x2, other` of the kernels of one call."""
     found: Shared = defaultdict(list)
-    texts: dict[int, str] = {}  # by identity: records of a journal share kernels that are equal, 10 names of 600 characters each
+    texts: dict[tuple[str | int, ...], str] = {}  # most records of a backend launch the same: 10 names of 600 characters each
     for record in records:
         if record.kernels:
-            text = texts.get(id(record.kernels))
+            key = tuple([part for kernel in record.kernels for part in (kernel.name, kernel.count)])
+            text = texts.get(key)
             if text is None:
-                text = texts[id(record.kernels)] = _kernels(record.kernels)
+                text = texts[key] = _kernels(record.kernels)
             found[record.backend, record.arch, text].append(record)
     return found
 

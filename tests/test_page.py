@@ -218,7 +218,7 @@ def test_a_page_has_so_many_figures_and_says_so_of_the_others():
     names = [figure["id"] for figure in told.all("figure")]
     assert [sum(name.startswith(f"figure-{kind}-") for name in names) for kind in ("latency", "winners")] == [12, 1]
     missing = 12 * 4 + 2 - MOST_FIGURES
-    said = [int(number) for number in re.findall(r"(\d+) figures? of this ha(?:s|ve) no place here", told.sections["times"])]
+    said = [int(number) for number in re.findall(r"(\d+) figures? of this ha(?:s|ve) no place on a page", told.sections["times"])]
     assert sum(said) == missing
 
 
