@@ -135,13 +135,16 @@ def _percent(share: float) -> str:
 
 
 def _cannot_win(excluded: Sequence[Excluded]) -> Iterator[str]:
-    """Each backend and reason once; what was skipped, once for all."""
+    """Backends of one reason at the same counts together; not what was skipped, which the report lists."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in excluded:
         if row.reason != "skipped":
             reasons.setdefault((row.backend, row.reason), []).append(row.num_tokens)
+    alike: dict[tuple[str, str], list[str]] = {}
     for (backend, reason), tokens in reasons.items():
-        yield f"cannot win: {clean(backend)} at {', '.join(map(str, sorted(tokens)))}: {clean(reason)}"
+        alike.setdefault((", ".join(map(str, sorted(tokens))), reason), []).append(backend)
+    for (where, reason), backends in alike.items():
+        yield f"cannot win: {clean(', '.join(backends))} at {where}: {clean(reason)}"
 
 
 def _legend(crossovers: Sequence[Crossover]) -> Iterator[str]:
