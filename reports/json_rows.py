@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from functools import cache
 
 from moebench.journal import Run, merge
 from moebench.record import SCHEMA, Record
@@ -29,7 +28,6 @@ def _fields(item: object) -> dict[str, object]:
     return {name: getattr(item, name) for name in _names(type(item))}
 
 
-@cache
 def _names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
