@@ -56,7 +56,7 @@ class Album:
     def first(self, most: int) -> list[Figure]:
         """So many at most: what shows all rows together, then the first figure of each layer, the second of each, and so on."""
         of_ranks = [figure for _, figures in self.ranks for figure in figures]
-        of_grids = [figures for _, _, figures in self.grids]
+        of_grids = [figures for _, _, figures in sorted(self.grids, key=lambda drawn: drawn[0].case.seed)]
         turns = [figures[turn] for turn in range(max(map(len, of_grids), default=0)) for figures in of_grids if turn < len(figures)]
         firsts = sum(bool(figures) for figures in of_grids)
         return [*self.maps, *self.numerics, *turns[:firsts], *of_ranks, *turns[firsts:]][:most]
@@ -141,7 +141,7 @@ def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
         alike[family.device, family.arch, grid.scope, grid.contract_id].append((family, grid))
     found = []
     for number, here in enumerate(alike.values(), 1):
-        cells, rows, columns, across = _cells(here[:MOST_MAP_ROWS])
+        cells, rows, columns, across = _cells(sorted(here, key=lambda group: group[0].case.seed)[:MOST_MAP_ROWS])
         if len(rows) < 2 or len(columns) < 2:
             continue
         names = list(dict.fromkeys(name for _, grid in here for name in grid.backends))
@@ -150,7 +150,7 @@ def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
         else:
             drawn = _time_map(here[0], cells, rows, columns, across, number)
         left = len(here) - MOST_MAP_ROWS
-        found.append(replace(drawn, notes=(f"Only the first {MOST_MAP_ROWS} of {len(here)} layers.",)) if left > 0 else drawn)
+        found.append(replace(drawn, notes=(f"Only {MOST_MAP_ROWS} of {len(here)} layers, lowest seeds first.",)) if left > 0 else drawn)
     return found
 
 

@@ -26,7 +26,7 @@ FORMATS = ("html", "md", "csv", "json")
     help="What speed-ups are over.  [default: torch where it was timed, else what was at the most token counts]",
 )
 @click.option(
-    "--figures", type=click.IntRange(min=0), default=16, show_default=True, help="At most so many on an html page; --plots has no limit."
+    "--figures", type=click.IntRange(min=0), default=12, show_default=True, help="At most so many on an html page; --plots has no limit."
 )
 def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: Path | None, baseline: str | None, figures: int) -> None:
     """Report on run directories, merged; the newest under runs/ without an argument.
