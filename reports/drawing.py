@@ -66,6 +66,7 @@ class Sheet:
     look: Look
     width: float
     height: float  # without the title that a picture file has above it
+    measured: bool  # texts: in a picture file; not in SVG, which a browser lays out
 
     @property
     def points(self) -> Transform:
@@ -172,7 +173,7 @@ def palettes() -> str:
 
 
 @contextmanager
-def drawn_on_canvas(figure: Figure, look: Look, title: Sequence[str] = ()) -> Iterator[Canvas]:
+def drawn_on_canvas(figure: Figure, look: Look, title: Sequence[str] = (), *, measured: bool = True) -> Iterator[Canvas]:
     """On a canvas of its own: no state of pyplot, no display. Text is never parsed as mathematics: `$` in a name is a `$`.
 
     Lines, areas and texts are put on the canvas at places of our own: matplotlib's axes and layout take 200 ms a figure, these 20."""
@@ -190,7 +191,7 @@ def drawn_on_canvas(figure: Figure, look: Look, title: Sequence[str] = ()) -> It
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that DejaVu lacks: the browser has a font for it
         canvas = Canvas(figsize=(look.width / 72, (height + above) / 72), dpi=72)
-        sheet = Sheet(canvas=canvas, look=look, width=look.width, height=height)
+        sheet = Sheet(canvas=canvas, look=look, width=look.width, height=height, measured=measured)
         for row, line in enumerate(title):
             write(sheet, (10, height + above - 18 * (row + 1)), line, size=look.font + 1, weight="bold")
         figure.draw(sheet)
@@ -349,6 +350,14 @@ def write(
     weight: str = "normal",
     rotation: int = 0,
 ) -> None:
+    if not sheet.measured and not rotation:
+        from moebench.reports.svg_text import SvgText
+
+        colour, size = colour or sheet.look.ink, size or sheet.look.font
+        made = SvgText(place, text, colour=colour, size=size, ha=ha, va=va, weight=weight)
+        made.set_transform(sheet.points)
+        sheet.canvas.add_artist(made)
+        return
     sheet.canvas.text(
         *place,
         text,

@@ -34,7 +34,7 @@ def png(figure: Figure, directory: Path) -> list[Path]:
 def svg(figure: Figure, width: int) -> Html:
     """For the page: without styles of its own, its ids unlike those of other figures, and with a title and a description."""
     text = io.StringIO()
-    with drawn_on_canvas(figure, page_look(width)) as canvas:
+    with drawn_on_canvas(figure, page_look(width), measured=False) as canvas:
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     prefix = f"{figure.name}-{width}"
     root = ElementTree.fromstring(text.getvalue())
