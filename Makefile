@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep report test lint types format clean
+.PHONY: help sweep report example test lint types format clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ sweep: .venv/.sweep-$(EXTRAS) ## run the plan `quick` here; it ends by saying wh
 
 report: .venv/.sweep-$(EXTRAS) ## print the report of a run
 	@$(BIN)/moebench report $(RUN)
+
+example: .venv/.sweep-$(EXTRAS) ## docs/example and README's example from a run: make example RUN=runs/ID
+	@$(BIN)/python docs/make_example.py $(or $(RUN),docs/example)
 
 test: .venv/.test lint types ## lint, types, and every test that needs no GPU, with coverage
 	$(BIN)/python -m pytest --cov

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from moebench.record import Record
 from moebench.reports.grid import DAGGER, rank_name
+from moebench.reports.layers import WHERE_ALL_ARE
 from moebench.reports.markup import Child, Html, join, tag
 from moebench.reports.reproduce import command
 from moebench.reports.text import count, percent, slug, us
 
-MOST_ROWS = 5000  # a browser lays out so many in about a second
+MOST_ROWS = 3000  # 2.4 MB, which a browser lays out within a second
 WORDS = frozenset(("backend", "layer", "rank", "status", "limit", "doubts", "contract", "do it again"))
 
 
@@ -38,7 +39,7 @@ def all_rows(records: Sequence[Record]) -> list[Html]:
     )
     blocks = [_filters(kept), tag("div", inner, class_="scroll", role="region", aria_label="All rows", tabindex=0)]
     if len(records) > len(kept):
-        told = f"The first {len(kept)} of {len(records)} rows; moebench report --format csv or json has them all."
+        told = f"The first {len(kept)} of {len(records)} rows; {WHERE_ALL_ARE}."
         blocks.append(tag("p", told, class_="note"))
     return blocks
 

@@ -1,20 +1,20 @@
-"""What all figures share: looks, axes, and names at the ends of lines."""
+"""What all figures share: looks, panels with their axes, lines with their names, and how they come onto a canvas."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from moebench.reports.text import label
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.text import Text
+    from matplotlib.transforms import Transform
     from matplotlib.typing import RcKeyType
 
 WIDE, NARROW = 900, 360  # pixels; the page shows one of the two
@@ -54,8 +54,55 @@ class Figure:
     title: str
     finding: str  # what it shows, in words
     height: Callable[[Look], float]
-    draw: Callable[[Canvas, Look], None]
+    draw: Callable[[Sheet], None]
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Where a figure is drawn: in points from the lower left corner."""
+
+    canvas: Canvas
+    look: Look
+    width: float
+    height: float  # without the title that a picture file has above it
+    measured: bool  # texts: in a picture file; not in SVG, which a browser lays out
+
+    @property
+    def points(self) -> Transform:
+        from matplotlib.transforms import Affine2D
+
+        return Affine2D().scale(1 / 72) + self.canvas.dpi_scale_trans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = True
+
+    def share(self, value: float) -> float:
+        """0 at the low end, 1 at the high one."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The area in which data are drawn, in points."""
+
+    sheet: Sheet
+    x: Axis
+    y: Axis
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        return self.left + self.x.share(x) * (self.right - self.left), self.bottom + self.y.share(y) * (self.top - self.bottom)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +121,8 @@ class End:
     text: str
     y: float
     colour: str
-    x: float | None = None  # of a line that ends before the axis does
     marker: str = ""
+    dashed: bool = False
 
 
 # Contrast with the surface is at least 4.5:1 for text colours and 3:1 for lines; the same values are in reports/page.css.
@@ -126,108 +173,125 @@ def palettes() -> str:
 
 
 @contextmanager
-def drawn_on_canvas(figure: Figure, look: Look) -> Iterator[Canvas]:
-    """On a canvas of its own: no state of pyplot, no display. Text is never parsed as mathematics: `$` in a name is a `$`."""
+def drawn_on_canvas(figure: Figure, look: Look, title: Sequence[str] = (), *, measured: bool = True) -> Iterator[Canvas]:
+    """On a canvas of its own: no state of pyplot, no display. Text is never parsed as mathematics: `$` in a name is a `$`.
+
+    Lines, areas and texts are put on the canvas at places of our own: matplotlib's axes and layout take 200 ms a figure, these 20."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
     settings: dict[RcKeyType, object] = {
         "text.parse_math": False,
-        "axes.unicode_minus": False,
         "svg.fonttype": "none",
         "svg.hashsalt": figure.name,
-        "axes.grid": True,
-        "grid.color": look.rule,
-        "grid.linewidth": 0.6,
-        "axes.facecolor": "none",
         "text.color": look.ink,
-        "axes.edgecolor": look.rule,
         "font.size": look.font,
-        "figure.constrained_layout.h_pad": 0.06,
-        "figure.constrained_layout.w_pad": 0.06,
     }
+    height, above = figure.height(look), 18 * len(title) + 8 * bool(title)
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that DejaVu lacks: the browser has a font for it
-        canvas = Canvas(figsize=(look.width / 72, figure.height(look) / 72), dpi=72, layout="constrained")
-        figure.draw(canvas, look)
+        canvas = Canvas(figsize=(look.width / 72, (height + above) / 72), dpi=72)
+        sheet = Sheet(canvas=canvas, look=look, width=look.width, height=height, measured=measured)
+        for row, line in enumerate(title):
+            write(sheet, (10, height + above - 18 * (row + 1)), line, size=look.font + 1, weight="bold")
+        figure.draw(sheet)
         yield canvas
 
 
-def lines(axes: Axes, series: Mapping[str, Sequence[Value]], look: Look, *, band: bool = True, dashed: bool = False) -> list[End]:
-    """A line with markers for each series, its interval as a band; where each ends."""
-    ends = []
-    last = max((value.x or value.tokens for values in series.values() for value in values), default=0)
-    for index, (name, values) in enumerate(series.items()):
+def panel(
+    sheet: Sheet,
+    x: Axis,
+    y: Axis,
+    *,
+    title: str,
+    xlabel: str,
+    ends: Sequence[End] = (),
+    names_at_ends: bool | None = None,
+    box: tuple[float, float, float, float] | None = None,
+) -> Panel:
+    """Grid, ticks and labels, then the names of the lines: at their ends where there is room beside the plot, else below it.
+
+    The box is left, right, bottom and top of the sheet; ticks whose labels would touch are left out."""
+    look = sheet.look
+    left, right, bottom, top = box or (0, sheet.width, 0, sheet.height)
+    beside = look.wide if names_at_ends is None else names_at_ends
+    if ends and not beside:
+        bottom = legend(sheet, [(f"{'--' if end.dashed else '-'}{end.marker}", end.colour, end.text) for end in ends], bottom=bottom)
+    tick = look.font - 1
+    made = Panel(
+        sheet=sheet,
+        x=x,
+        y=y,
+        left=left + max((width_of(text, tick) for _, text in y.ticks), default=0) + 12,
+        right=right - (max((width_of(end.text, look.font) for end in ends), default=0) + 28 if ends and beside else 12),
+        bottom=bottom + tick + 12 + (look.font + 6 if xlabel else 0),
+        top=top - (look.font + 14 if title else 8),
+    )
+    across = _fitting(x, made.right - made.left, lambda text: width_of(text, tick) + 8)
+    up = _fitting(y, made.top - made.bottom, lambda _: tick * 1.3)
+    grid = [((made.at(value, y.low)[0], made.bottom), (made.at(value, y.low)[0], made.top)) for value, _ in across]
+    grid += [((made.left, made.at(x.low, value)[1]), (made.right, made.at(x.low, value)[1])) for value, _ in up]
+    stroke(sheet, grid, look.rule, 0.6)
+    stroke(sheet, [((made.left, made.top), (made.left, made.bottom)), ((made.left, made.bottom), (made.right, made.bottom))], look.rule, 1)
+    for value, text in across:
+        write(sheet, (made.at(value, y.low)[0], made.bottom - 6), text, colour=look.muted, size=tick, ha="center", va="top")
+    for value, text in up:
+        write(sheet, (made.left - 6, made.at(x.low, value)[1]), text, colour=look.muted, size=tick, ha="right", va="center")
+    if xlabel:
+        write(sheet, ((made.left + made.right) / 2, bottom + 4), xlabel, colour=look.muted, ha="center")
+    if title:
+        write(sheet, (made.left, top - look.font - 2), title, colour=look.muted)
+    if beside:
+        _label_ends(made, ends)
+    return made
+
+
+def lines(made: Panel, series: Mapping[str, Sequence[Value]], *, band: bool = True, dashed: bool = False) -> None:
+    """A line with markers for each series, its interval as a band."""
+    look = made.sheet.look
+    for index, values in enumerate(series.values()):
         if not values:
             continue
-        colour = look.colour(index)
-        xs, ys = [value.x or value.tokens for value in values], [value.y for value in values]
+        places = [made.at(value.x or value.tokens, value.y) for value in values]
         if band:
-            axes.fill_between(xs, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.25, linewidth=0)
-        axes.plot(
-            xs,
-            ys,
-            color=colour,
-            linestyle=(0, (3, 2)) if dashed else "solid",
-            linewidth=1.1 if dashed else 1.8,
-            marker="" if dashed else MARKERS[index % len(MARKERS)],
-            markersize=4.5,
-            markeredgewidth=0,
-        )
-        early = xs[-1] if xs[-1] < last else None
-        ends.append(End(text=label(name), y=ys[-1], colour=colour, x=early, marker=MARKERS[index % len(MARKERS)]))
-    return ends
+            above = [made.at(value.x or value.tokens, min(value.high, made.y.high)) for value in values]
+            below = [made.at(value.x or value.tokens, max(value.low, made.y.low)) for value in values]
+            areas(made.sheet, [[*above, *reversed(below)]], look.colour(index), 0.25)
+        if dashed:
+            line(made.sheet, places, look.colour(index), 1.1, dashes=(3, 2))
+        else:
+            line(made.sheet, places, look.colour(index), 1.8, marker=MARKERS[index % len(MARKERS)])
 
 
-def token_axis(axes: Axes, tokens: Sequence[int], look: Look, columns: int = 1) -> None:
-    """Logarithmic, with the measured counts as plain numbers: as many as fit without touching."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 1.25)
-    room = (look.width - (250 if look.wide else 80)) / columns
-    span = math.log(tokens[-1] / tokens[0] * 1.5625)
-    shown: list[int] = []
-    right_edge = -math.inf
-    strides = [tokens[-1::-stride][::-1] for stride in range(1, len(tokens) + 1)]
-    for candidate in strides:
-        right_edge, shown = -math.inf, []
-        for number in candidate:
-            center, half = room * math.log(number / tokens[0] * 1.25) / span, 0.32 * (look.font - 1) * len(str(number)) + 3
-            if center - half < right_edge:
-                break
-            right_edge = center + half
-            shown.append(number)
-        if len(shown) == len(candidate):
-            break
-    axes.xaxis.set_major_locator(FixedLocator([float(number) for number in shown]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(number) for number in shown])
-    axes.set_xlabel("tokens")
+def ends_of(series: Mapping[str, Sequence[Value]], look: Look) -> list[End]:
+    """The names of the lines, where each ends."""
+    return [
+        End(text=label(name), y=values[-1].y, colour=look.colour(index), marker=MARKERS[index % len(MARKERS)])
+        for index, (name, values) in enumerate(series.items())
+        if values
+    ]
 
 
-def log_ticks(axes: Axes, look: Look, which: str = "y") -> None:
+def token_axis(tokens: Sequence[int]) -> Axis:
+    """Logarithmic, with the measured counts as plain numbers."""
+    return Axis(low=tokens[0] / 1.25, high=tokens[-1] * 1.25, ticks=tuple((float(number), str(number)) for number in tokens))
+
+
+def log_axis(values: Sequence[float], *, spare: float = 1.12) -> Axis:
     """1, 10, 100 where that gives three ticks or more, else 1, 2, 5, 10: plain numbers."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    low, high = min(values) / spare, max(values) * spare
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [digit * 10.0**power for power in decades for digit in digits if low <= digit * 10.0**power <= high]
         if len(ticks) >= 3:
             break
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_ticklabels([f"{tick:,.0f}".replace(",", "\u2009") if tick >= 1 and tick == int(tick) else f"{tick:.2g}" for tick in ticks])
+    texts = [f"{tick:,.0f}".replace(",", "\u2009") if tick >= 1 and tick == int(tick) else f"{tick:.2g}" for tick in ticks]
+    return Axis(low=low, high=high, ticks=tuple(zip(ticks, texts, strict=True)))
 
 
-def ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
+def ratio_axis(values: Sequence[float]) -> Axis:
     """Plain ratios around 1, as many as can be read."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     low, high = min([*values, 1.0]) / 1.06, max([*values, 1.0]) * 1.06
-    axes.set_ylim(low, high)
     candidates = (
         [0.01, 0.1, 1, 10, 100, 1000],
         [2.0**k for k in range(-10, 14)],
@@ -241,49 +305,129 @@ def ratio_ticks(axes: Axes, values: Sequence[float]) -> None:
             break
     while len(ticks) > 9:
         ticks = ticks[::2]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticklabels([f"{tick:g}x" for tick in ticks])
+    return Axis(low=low, high=high, ticks=tuple((tick, f"{tick:g}x") for tick in ticks))
 
 
-def finish(canvas: Canvas, axes: Axes, ends: Sequence[End], look: Look, *, ylabel: str, xlabel: str = "", end_labels: bool = False) -> None:
-    """Labels, colours of the look, and names of the lines: at their ends where there is room beside the plot, else below it."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(look.rule)
-    axes.tick_params(colors=look.muted, labelsize=look.font - 1, width=0.8)
-    axes.tick_params(axis="both", color=look.rule)
-    axes.xaxis.label.set(color=look.muted, fontsize=look.font)
-    axes.set_axisbelow(True)
-    if xlabel:
-        axes.set_xlabel(xlabel, color=look.muted, fontsize=look.font)
-    axes.set_title(ylabel, loc="left", color=look.muted, fontsize=look.font, pad=10)
-    if look.wide or end_labels:
-        _label_ends(canvas, axes, ends, look)
-    elif ends:
-        legend(canvas, [(f"-{end.marker}", end.colour, end.text) for end in ends], look)
+def linear_axis(high: float, step: float) -> Axis:
+    """From 0."""
+    return Axis(low=0, high=high, ticks=tuple((step * k, f"{step * k:g}") for k in range(int(high / step + 1e-9) + 1)), log=False)
 
 
-def legend(canvas: Canvas, entries: Sequence[tuple[str, str, str]], look: Look) -> None:
-    """Below the plot: marker, with - before it on a line, colour, words."""
+def names_axis(names: Sequence[str]) -> Axis:
+    """A place a name, the first at the low end."""
+    return Axis(low=-0.5, high=len(names) - 0.5, ticks=tuple((float(k), name) for k, name in enumerate(names)), log=False)
+
+
+def legend(sheet: Sheet, entries: Sequence[tuple[str, str, str]], *, bottom: float = 0) -> float:
+    """Below the plot: marker, with - before it on a line, -- on a dashed one, colour, words; wide: side by side. Its height."""
+    look, x, row = sheet.look, 10.0, 0
+    places = []
+    for index, (_, _, words) in enumerate(entries):
+        width = 32 + width_of(words, look.font)
+        if index and (not look.wide or x + width > sheet.width):
+            x, row = 10.0, row + 1
+        places.append((x, row))
+        x += width
+    for (marker, colour, words), (x, at) in zip(entries, places, strict=True):
+        y = bottom + 9 + 19 * (row - at)
+        if marker.startswith("-"):
+            line(sheet, [(x, y), (x + 18, y)], colour, 1.8, dashes=(4, 3) if marker.startswith("--") else None)
+        if marker.strip("-"):
+            line(sheet, [(x + 9, y)], colour, 0, marker=marker.strip("-"), size=9 if marker == "s" else 6)
+        write(sheet, (x + 24, y), words, va="center")
+    return bottom + 19 * (row + 1) + 4
+
+
+def write(
+    sheet: Sheet,
+    place: tuple[float, float],
+    text: str,
+    *,
+    colour: str = "",
+    size: float = 0,
+    ha: str = "left",
+    va: str = "baseline",
+    weight: str = "normal",
+    rotation: int = 0,
+) -> None:
+    if not sheet.measured and not rotation:
+        from moebench.reports.svg_text import SvgText
+
+        colour, size = colour or sheet.look.ink, size or sheet.look.font
+        made = SvgText(place, text, colour=colour, size=size, ha=ha, va=va, weight=weight)
+        made.set_transform(sheet.points)
+        sheet.canvas.add_artist(made)
+        return
+    sheet.canvas.text(
+        *place,
+        text,
+        transform=sheet.points,
+        color=colour or sheet.look.ink,
+        fontsize=size or sheet.look.font,
+        ha=ha,
+        va=va,
+        fontweight=weight,
+        rotation=rotation,
+    )
+
+
+def line(
+    sheet: Sheet,
+    places: Sequence[tuple[float, float]],
+    colour: str,
+    width: float,
+    *,
+    marker: str = "",
+    size: float = 5.0,
+    alpha: float = 1,
+    dashes: tuple[float, float] | None = None,
+) -> None:
+    """Through the places, with a marker at each; of width 0 the markers alone."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=colour, linestyle="solid" if marker[0] == "-" else "none", marker=marker.removeprefix("-"), markeredgewidth=0)
-        for marker, colour, _ in entries
-    ]
-    canvas.legend(
-        handles,
-        [words for _, _, words in entries],
-        loc="outside lower left",
-        ncols=max(1, min(len(entries), 3)) if look.wide else 1,
-        frameon=False,
-        fontsize=look.font,
-        labelcolor=look.ink,
-        handlelength=1.2,
-        borderpad=0.2,
+    xs, ys = zip(*places, strict=True)
+    sheet.canvas.add_artist(
+        Line2D(
+            xs,
+            ys,
+            transform=sheet.points,
+            color=colour,
+            linewidth=width,
+            linestyle=(0, dashes) if dashes else "solid" if width else "none",
+            marker=marker or "none",
+            markersize=size,
+            markeredgewidth=0,
+            alpha=alpha,
+        )
     )
+
+
+def stroke(sheet: Sheet, segments: Iterable[tuple[tuple[float, float], tuple[float, float]]], colour: str, width: float) -> None:
+    """Lines of two points each, as one path."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    points = [point for segment in segments for point in segment]
+    if points:
+        path = Path(points, [Path.MOVETO, Path.LINETO] * (len(points) // 2))
+        sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor="none", edgecolor=colour, linewidth=width))
+
+
+def areas(sheet: Sheet, found: Sequence[Sequence[tuple[float, float]]], colour: str, alpha: float, edge: str = "none") -> None:
+    """Areas of one look, each by its corners, as one path."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    points = [point for corners in found for point in (*corners, corners[0])]
+    codes = [code for corners in found for code in (Path.MOVETO, *[Path.LINETO] * (len(corners) - 1), Path.CLOSEPOLY)]
+    width = 0 if edge == "none" else 1
+    path = Path(points, codes)
+    sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor=colour, edgecolor=edge, alpha=alpha, linewidth=width))
+
+
+def width_of(text: str, size: float) -> float:
+    """At most, in the fonts of pages and pictures, which are narrower than this but for a name of capitals only."""
+    return size * sum(1.0 if char > "\u2e7f" else 0.64 for char in text)
 
 
 def _variables(look: Look) -> str:
@@ -293,32 +437,29 @@ def _variables(look: Look) -> str:
     return ";".join(f"--{name}:{colour}" for name, colour in named.items())
 
 
-def _label_ends(canvas: Canvas, axes: Axes, ends: Sequence[End], look: Look) -> None:
-    """Names right of the plot at the height of their line, pushed apart where lines end together."""
-    if not ends:
-        return
-    texts: list[tuple[float, Text]] = []
-    for end in ends:
-        if end.x is not None:
-            axes.annotate(end.text, (end.x, end.y), (6, 0), textcoords="offset points", color=end.colour, va="center", fontsize=look.font)
-            continue
-        text = axes.annotate(
-            end.text, (1.0, end.y), (8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", color=end.colour
-        )
-        text.set(va="center", fontsize=look.font, annotation_clip=False)
-        texts.append((end.y, text))
-    canvas.draw_without_rendering()
-    gap = look.font * 1.3
-    scale = 72 / canvas.dpi
-    heights = [axes.transData.transform((1.0, y))[1] * scale for y, _ in texts]
-    bottom = axes.get_window_extent().y0 * scale
-    order = sorted(range(len(texts)), key=lambda index: heights[index])
-    placed = spread([heights[index] for index in order], gap, bottom)
-    for index, place in zip(order, placed, strict=True):
-        texts[index][1].set_position((8, place - heights[index]))
+def _fitting(axis: Axis, room: float, size: Callable[[str], float]) -> list[tuple[float, str]]:
+    """As many ticks as fit without touching: every one, every second, ..., always with the last."""
+    for stride in range(1, len(axis.ticks) + 1):
+        shown = list(axis.ticks[-1::-stride][::-1])
+        ends = sorted((room * axis.share(value) - size(text) / 2, room * axis.share(value) + size(text) / 2) for value, text in shown)
+        if all(before[1] <= after[0] for before, after in pairwise(ends)):
+            break
+    return shown if axis.ticks else []
 
 
-def spread(wanted: Sequence[float], gap: float, least: float) -> list[float]:
+def _label_ends(made: Panel, ends: Sequence[End]) -> None:
+    """Names right of the plot at the height of their line's end, pushed apart where lines end together, each with its marker."""
+    look = made.sheet.look
+    ordered = sorted(ends, key=lambda end: end.y)
+    wanted = [made.at(made.x.low, end.y)[1] for end in ordered]
+    gap = min(look.font * 1.3, (made.top - made.bottom + look.font) / max(len(ends), 1))
+    for end, y in zip(ordered, spread(wanted, gap, made.bottom, made.top), strict=True):
+        if end.marker:
+            line(made.sheet, [(made.right + 11, y)], end.colour, 0, marker=end.marker, size=6)
+        write(made.sheet, (made.right + 20, y), end.text, colour=end.colour, va="center")
+
+
+def spread(wanted: Sequence[float], gap: float, least: float, most: float = math.inf) -> list[float]:
     """Places at least `gap` apart and in the same order, near the wanted ones: clusters are centred on the mean of their wishes."""
     clusters: list[list[float]] = []
     for wish in wanted:
@@ -326,7 +467,10 @@ def spread(wanted: Sequence[float], gap: float, least: float) -> list[float]:
         while len(clusters) > 1 and _low(clusters[-1], gap, least) - _high(clusters[-2], gap, least) < gap:
             last = clusters.pop()
             clusters[-1] += last
-    return [_low(cluster, gap, least) + gap * index for cluster in clusters for index in range(len(cluster))]
+    placed = [_low(cluster, gap, least) + gap * index for cluster in clusters for index in range(len(cluster))]
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], placed[index + 1] - gap if index + 1 < len(placed) else most)
+    return placed
 
 
 def _low(cluster: Sequence[float], gap: float, least: float) -> float:

@@ -5,25 +5,45 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from moebench.record import Record
 from moebench.reports.answer import contested, sentence, wins
-from moebench.reports.drawing import End, Figure, Look, Value, finish, legend, lines, log_ticks, ratio_ticks, token_axis
-from moebench.reports.grid import Family, Grid, Point, families
+from moebench.reports.drawing import (
+    Axis,
+    End,
+    Figure,
+    Look,
+    Sheet,
+    Value,
+    areas,
+    ends_of,
+    legend,
+    line,
+    linear_axis,
+    lines,
+    log_axis,
+    names_axis,
+    panel,
+    ratio_axis,
+    token_axis,
+    width_of,
+    write,
+)
+from moebench.reports.grid import Family, Grid, Point
+from moebench.reports.layers import Layers, layers
 from moebench.reports.ranks import Imbalance, balancedness, imbalances
 from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
+MOST_MAP_ROWS = 12  # layers; a cell has a text, which takes 1 ms to draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Album:
     """Every figure of a set of records, beside what it is of."""
 
-    grids: tuple[tuple[Family, Grid, tuple[Figure, ...]], ...]
+    layers: Layers
+    grids: tuple[tuple[Family, Grid, tuple[Figure, ...]], ...]  # of the layers that are shown
     ranks: tuple[tuple[Imbalance, tuple[Figure, ...]], ...]
     maps: tuple[Figure, ...]
     numerics: tuple[Figure, ...]
@@ -33,10 +53,19 @@ class Album:
         of_grids = [figure for _, _, figures in self.grids for figure in figures]
         return [*of_grids, *(figure for _, figures in self.ranks for figure in figures), *self.maps, *self.numerics]
 
+    def first(self, most: int) -> list[Figure]:
+        """So many at most: what shows all rows together, then the first figure of each layer, the second of each, and so on."""
+        of_ranks = [figure for _, figures in self.ranks for figure in figures]
+        of_grids = [figures for _, _, figures in sorted(self.grids, key=lambda drawn: drawn[0].case.seed)]
+        turns = [figures[turn] for turn in range(max(map(len, of_grids), default=0)) for figures in of_grids if turn < len(figures)]
+        firsts = sum(bool(figures) for figures in of_grids)
+        return [*self.maps, *self.numerics, *turns[:firsts], *of_ranks, *turns[firsts:]][:most]
+
 
 def album(records: Sequence[Record], baseline: str | None = None) -> Album:
     """Nothing is drawn yet. Speed-ups are over the baseline where it counts."""
-    groups = [(family, grid) for family in families(records) for grid in family.grids()]
+    found_layers = layers(records)
+    groups = [(family, grid) for family in found_layers.shown for grid in family.grids()]
     used: Counter[str] = Counter()
     grids = []
     for family, grid in groups:
@@ -44,7 +73,9 @@ def album(records: Sequence[Record], baseline: str | None = None) -> Album:
         used[name] += 1
         grids.append((family, grid, tuple(of_grid(family, grid, f"{name}-{used[name]}" if used[name] > 1 else name, baseline))))
     ranks = [(found, tuple(of_imbalance(found, f"{slug(found.family.case.model)}-{n}"))) for n, found in enumerate(imbalances(groups), 1)]
-    return Album(grids=tuple(grids), ranks=tuple(ranks), maps=tuple(heat_maps(groups)), numerics=tuple(numerics(records)))
+    return Album(
+        layers=found_layers, grids=tuple(grids), ranks=tuple(ranks), maps=tuple(heat_maps(groups)), numerics=tuple(numerics(records))
+    )
 
 
 def of_grid(family: Family, grid: Grid, name: str, baseline: str | None) -> list[Figure]:
@@ -72,19 +103,22 @@ def of_imbalance(imbalance: Imbalance, name: str) -> list[Figure]:
     mean = {labels[s]: [Value(tokens=t, y=p.mean_us) for t, p in row.items()] for s, row in sizes.items()}
     balance = {labels[s]: [Value(tokens=t, y=balancedness(p)) for t, p in row.items()] if s > 1 else [] for s, row in sizes.items()}
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        left, right = canvas.subplots(1, 2) if look.wide else canvas.subplots(2, 1)
-        ends = lines(left, slowest, look, band=False)
-        lines(left, mean, look, band=False, dashed=True)
-        left.set_yscale("log")
-        token_axis(left, _all_tokens(slowest), look, columns=2 if look.wide else 1)
-        log_ticks(left, look)
-        right_ends = lines(right, balance, look, band=False)
-        right.axhline(1.0, color=look.muted, linewidth=1, linestyle=(0, (4, 3)))
-        right.set_ylim(0, 1.06)
-        token_axis(right, _all_tokens(slowest), look, columns=2 if look.wide else 1)
-        finish(canvas, left, ends, look, ylabel="us: slowest rank (line), mean (dashed)", end_labels=True)
-        finish(canvas, right, right_ends, look, ylabel="mean / slowest: 1 is balanced", end_labels=True)
+    def draw(sheet: Sheet) -> None:
+        look, half = sheet.look, (sheet.width / 2 if sheet.look.wide else sheet.height / 2)
+        first = (0, half - 8, 0, sheet.height) if look.wide else (0, sheet.width, half + 4, sheet.height)
+        second = (half + 8, sheet.width, 0, sheet.height) if look.wide else (0, sheet.width, 0, half - 4)
+        tokens = token_axis(_all_tokens(slowest))
+        times = [value.y for part in (slowest, mean) for values in part.values() for value in values]
+        ends = ends_of(slowest, look)
+        title = "us: slowest rank (line), mean (dashed)"
+        above = panel(sheet, tokens, log_axis(times), title=title, xlabel="tokens", ends=ends, names_at_ends=True, box=first)
+        lines(above, mean, band=False, dashed=True)
+        lines(above, slowest, band=False)
+        title = "mean / slowest: 1 is balanced"
+        ends = ends_of(balance, look)
+        below = panel(sheet, tokens, linear_axis(1.06, 0.2), title=title, xlabel="tokens", ends=ends, names_at_ends=True, box=second)
+        line(sheet, [below.at(tokens.low, 1.0), below.at(tokens.high, 1.0)], look.muted, 1, dashes=(4, 3))
+        lines(below, balance, band=False)
 
     low, size, tokens = imbalance.worst
     where = f"EP {size} at {_tokens(tokens)}"
@@ -107,14 +141,16 @@ def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
         alike[family.device, family.arch, grid.scope, grid.contract_id].append((family, grid))
     found = []
     for number, here in enumerate(alike.values(), 1):
-        cells, rows, columns, across = _cells(here)
+        cells, rows, columns, across = _cells(sorted(here, key=lambda group: group[0].case.seed)[:MOST_MAP_ROWS])
         if len(rows) < 2 or len(columns) < 2:
             continue
         names = list(dict.fromkeys(name for _, grid in here for name in grid.backends))
         if any(contested(grid) for _, grid in here):
-            found.append(_winner_map(here[0], names, cells, rows, columns, across, number))
+            drawn = _winner_map(here[0], names, cells, rows, columns, across, number)
         else:
-            found.append(_time_map(here[0], cells, rows, columns, across, number))
+            drawn = _time_map(here[0], cells, rows, columns, across, number)
+        left = len(here) - MOST_MAP_ROWS
+        found.append(replace(drawn, notes=(f"Only {MOST_MAP_ROWS} of {len(here)} layers, lowest seeds first.",)) if left > 0 else drawn)
     return found
 
 
@@ -136,25 +172,22 @@ def numerics(records: Iterable[Record]) -> list[Figure]:
     whole = [value for pair in shares.values() for part in pair for value in part]
     drawn = [value for value in whole if 0 < value < math.inf]
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        axes = canvas.add_subplot()
+    def draw(sheet: Sheet) -> None:
+        look = sheet.look
+        top = legend(sheet, [("o", look.colour(0), "relative L2"), ("D", look.colour(1), "worst element")])
+        across = log_axis([min(min(drawn, default=0.1) / 1.4, 0.05), max(max(drawn, default=0.1) * 1.4, 1.5)], spare=1)
+        names = names_axis([name if look.wide else "" for name in shares])
+        words = "error / its tolerance; right of the line at 1 a row is wrong"
+        made = panel(sheet, across, _reversed(names), title="", xlabel=words, box=(0, sheet.width, top, sheet.height))
+        line(sheet, [made.at(1.0, made.y.low), made.at(1.0, made.y.high)], look.ink, 1.4)
         for row, (backend, pair) in enumerate(shares.items()):
             for offset, marker, colour, values in ((-0.14, "o", look.colour(0), pair[0]), (0.14, "D", look.colour(1), pair[1])):
-                inside = [value for value in values if 0 < value < math.inf]
-                axes.plot(inside, [row + offset] * len(inside), marker, color=colour, markersize=5.5, alpha=0.55, markeredgewidth=0)
+                alike = {f"{value:.1e}": value for value in values if 0 < value < math.inf}  # marks that lie on each other, once
+                places = [made.at(value, row + offset) for value in alike.values()]
+                if places:
+                    line(sheet, places, colour, 0, marker=marker, size=5.5, alpha=0.55)
             if not look.wide:
-                axes.text(0.0, row - 0.3, backend, transform=axes.get_yaxis_transform(), fontsize=look.font, color=look.ink, va="bottom")
-        axes.axvline(1.0, color=look.ink, linewidth=1.4)
-        axes.set_xscale("log")
-        low, high = min(drawn, default=0.1), max(drawn, default=0.1)
-        axes.set_xlim(min(low / 1.5, 0.05), max(high * 1.5, 1.6))
-        axes.set_ylim(len(shares) - 0.4, -0.75)
-        axes.set_yticks(range(len(shares)), list(shares) if look.wide else [""] * len(shares))
-        axes.tick_params(axis="y", length=0)
-        log_ticks(axes, look, which="x")
-        axes.grid(axis="y", visible=False)
-        legend(canvas, [("o", look.colour(0), "relative L2"), ("D", look.colour(1), "worst element")], look)
-        finish(canvas, axes, [], look, ylabel="", xlabel="error / its tolerance; right of the line at 1 a row is wrong")
+                write(sheet, (made.left, made.at(1.0, row - 0.45)[1]), backend, va="top")
 
     worst, backend = max((max(pair[0] + pair[1], key=_nan_first), backend) for backend, pair in shares.items())
     finding = f"The error nearest to its tolerance is of {backend}: {percent(worst)} of it."
@@ -185,17 +218,16 @@ def _latency(family: Family, grid: Grid, name: str) -> Figure:
     floors = _floors(grid)
     left_out = [backend for backend in grid.backends if backend not in series]
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        axes = canvas.add_subplot()
-        ends = lines(axes, series, look)
-        if len(floors) > 1:
-            tokens, values = [t for t, _, _ in floors], [value for _, value, _ in floors]
-            axes.plot(tokens, values, color=look.muted, linestyle=(0, (4, 3)), linewidth=1.4, label="floor")
-            ends.append(End(text="floor", y=values[-1], colour=look.muted))
-        axes.set_yscale("log")
-        token_axis(axes, _all_tokens(series), look)
-        log_ticks(axes, look)
-        finish(canvas, axes, ends, look, ylabel="microseconds a call")
+    def draw(sheet: Sheet) -> None:
+        look, dashed = sheet.look, [(tokens, value) for tokens, value, _ in floors] if len(floors) > 1 else []
+        times = [end for values in series.values() for value in values for end in (value.y, value.low or value.y, value.high)]
+        ends = ends_of(series, look)
+        ends += [End(text="floor", y=dashed[-1][1], colour=look.muted, dashed=True)] if dashed else []
+        up = log_axis([*times, *(value for _, value in dashed)])
+        made = panel(sheet, token_axis(_all_tokens(series)), up, title="microseconds a call", xlabel="tokens", ends=ends)
+        if dashed:
+            line(sheet, [made.at(*place) for place in dashed], look.muted, 1.4, dashes=(4, 3))
+        lines(made, series)
 
     drawn = sentence(grid)
     if len(floors) > 1:
@@ -224,16 +256,15 @@ def _speed_up(family: Family, grid: Grid, name: str, base: str) -> Figure:
         if values:
             series[backend] = values
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        axes = canvas.add_subplot()
-        axes.axhline(1.0, color=look.muted, linewidth=1)
+    def draw(sheet: Sheet) -> None:
+        look = sheet.look
         others = {backend: values if backend != base else [] for backend, values in series.items()}
-        ends = lines(axes, others, look)
-        ends.append(End(text=f"1x is {label(base)}", y=1.0, colour=look.muted))
-        axes.set_yscale("log", base=2)
-        token_axis(axes, _all_tokens(series), look)
-        ratio_ticks(axes, [end for values in series.values() for value in values for end in (value.low, value.high)])
-        finish(canvas, axes, ends, look, ylabel=f"times as fast as {label(base)}")
+        ends = [*ends_of(others, look), End(text=f"1x is {label(base)}", y=1.0, colour=look.muted)]
+        up = ratio_axis([end for values in series.values() for value in values for end in (value.low, value.high)])
+        title = f"times as fast as {label(base)}"
+        made = panel(sheet, token_axis(_all_tokens(series)), up, title=title, xlabel="tokens", ends=ends)
+        line(sheet, [made.at(made.x.low, 1.0), made.at(made.x.high, 1.0)], look.muted, 1)
+        lines(made, others)
 
     others = [(value.y, backend, value.tokens) for backend, values in series.items() if backend != base for value in values]
     (low, slowest, there), (high, fastest, here) = min(others), max(others)
@@ -256,21 +287,22 @@ def _roof_share(family: Family, grid: Grid, name: str) -> Figure:
     turn = next((tokens for tokens, _, limiter in floors if limiter == "compute"), None)
     before = [tokens for tokens, _, limiter in floors if limiter == "memory"]
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        axes = canvas.add_subplot()
-        axes.axhline(100.0, color=look.muted, linewidth=1, linestyle=(0, (4, 3)))
-        ends = lines(axes, series, look)
+    def draw(sheet: Sheet) -> None:
+        look = sheet.look
         top = max(105.0, *(1.08 * value.high for values in series.values() for value in values))
-        axes.set_ylim(0, top)
-        token_axis(axes, _all_tokens(series), look)
+        up = linear_axis(top, 20 if top < 250 else 100)
+        ends = ends_of(series, look)
+        made = panel(sheet, token_axis(_all_tokens(series)), up, title="% of the roof", xlabel="tokens", ends=ends)
+        line(sheet, [made.at(made.x.low, 100.0), made.at(made.x.high, 100.0)], look.muted, 1, dashes=(4, 3))
         if turn and before:
-            axes.axvline(math.sqrt(turn * before[-1]), color=look.rule, linewidth=1.2)
+            border = math.sqrt(turn * before[-1])
+            line(sheet, [made.at(border, 0.0), made.at(border, top)], look.muted, 1, dashes=(1, 2))
         parts = [(before, "memory is the limit"), ([t for t, _, limiter in floors if limiter == "compute"], "compute is the limit")]
         for tokens, words in parts:
-            if tokens and len(tokens) * (look.width - (260 if look.wide else 70)) / max(len(floors), 1) > 7 * len(words):
-                x = math.sqrt(tokens[0] * tokens[-1])
-                axes.text(x, 0.03 * top, words, color=look.muted, fontsize=look.font - 1, ha="center", va="bottom")
-        finish(canvas, axes, ends, look, ylabel="% of the roof")
+            if tokens and made.at(tokens[-1], 0.0)[0] - made.at(tokens[0], 0.0)[0] > width_of(words, look.font - 1):
+                place = made.at(math.sqrt(tokens[0] * tokens[-1]), 0.02 * top)
+                write(sheet, place, words, colour=look.muted, size=look.font - 1, ha="center")
+        lines(made, series)
 
     shares = [(value.y, backend, value.tokens) for backend, values in series.items() for value in values]
     high, best, at = max(shares)
@@ -300,29 +332,26 @@ def _roofline(family: Family, grid: Grid, name: str) -> Figure:
             series.setdefault(backend, []).append(value)
     intensities = [value.x for values in series.values() for value in values]
 
-    def draw(canvas: Canvas, look: Look) -> None:
-        axes = canvas.add_subplot()
-        low, high = min(intensities) / 1.6, max(intensities) * 1.6
+    def draw(sheet: Sheet) -> None:
+        look, rates = sheet.look, [value.y for values in series.values() for value in values]
+        across = log_axis(intensities, spare=1.6)
+        low, high = across.low, across.high
+        roof = [min(bandwidth * x, flop_s) / 1e12 for bandwidth, flop_s in roofs for x in (low, high)]
+        up = log_axis([*rates, *roof], spare=1.5)
+        words = "FLOP per byte that must be moved"
+        made = panel(sheet, across, up, title="TFLOP/s, useful", xlabel=words, ends=ends_of(series, look))
         for bandwidth, flop_s in sorted(roofs):
             ridge = flop_s / bandwidth
             xs = sorted({low, high, *([ridge] if low < ridge < high else [])})
-            axes.plot(xs, [min(bandwidth * x, flop_s) / 1e12 for x in xs], color=look.ink, linewidth=1.6)
-            words = f"{bandwidth / 1e12:.1f} TB/s"
+            line(sheet, [made.at(x, min(bandwidth * x, flop_s) / 1e12) for x in xs], look.ink, 1.6)
             if low < ridge:
                 middle = math.sqrt(low * min(ridge, high))
-                axes.annotate(words, (middle, bandwidth * middle / 1e12), (-6, 6), textcoords="offset points", color=look.ink, ha="right")
+                x, y = made.at(middle, bandwidth * middle / 1e12)
+                write(sheet, (x - 6, y + 6), f"{bandwidth / 1e12:.1f} TB/s", ha="right")
             if ridge < high:
-                words = f"{flop_s / 1e12:.0f} TFLOP/s"
-                axes.annotate(words, (high, flop_s / 1e12), (-4, 6), textcoords="offset points", color=look.ink, ha="right", va="bottom")
-        ends = lines(axes, series, look, band=False)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(low, high)
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom, top * 1.5)
-        log_ticks(axes, look)
-        log_ticks(axes, look, which="x")
-        finish(canvas, axes, ends, look, ylabel="TFLOP/s, useful", xlabel="FLOP per byte that must be moved")
+                x, y = made.at(high, flop_s / 1e12)
+                write(sheet, (x - 4, y + 6), f"{flop_s / 1e12:.0f} TFLOP/s", ha="right")
+        lines(made, series, band=False)
 
     rates = [(value.y, backend, value.tokens) for backend, values in series.items() for value in values]
     high, best, at = max(rates)
@@ -417,7 +446,7 @@ def _winner_map(
         finding=f"{most} has the lowest median in {counted[most]} of the {len(decided)} cells in which backends were compared; "
         f"{ties} are ties (~)" + (f", and in {alone} one backend is alone." if alone else "."),
         height=lambda look: _map_height(rows, columns, look, len(leaders)),
-        draw=lambda canvas, look: _map(canvas, look, cells, rows, columns, across, paint, entries(look)),
+        draw=lambda sheet: _map(sheet, cells, rows, columns, across, paint, entries(sheet.look)),
     )
 
 
@@ -441,13 +470,12 @@ def _time_map(
         title=f"Microseconds a call of {clean(longest.best)} on {clean(group[0].device)}{what}, {group[1].title}",
         finding=f"From {us(min(times))} to {us(longest.time_us)} us, the longest for {row} at {column} {across}.",
         height=lambda look: _map_height(rows, columns, look, 0),
-        draw=lambda canvas, look: _map(canvas, look, cells, rows, columns, across, paint, []),
+        draw=lambda sheet: _map(sheet, cells, rows, columns, across, paint, []),
     )
 
 
 def _map(
-    canvas: Canvas,
-    look: Look,
+    sheet: Sheet,
     cells: Mapping[tuple[str, str], _Cell],
     rows: Sequence[str],
     columns: Sequence[str],
@@ -456,30 +484,46 @@ def _map(
     entries: list[tuple[str, str, str]],
 ) -> None:
     """Wide: rows down and columns across; narrow: the other way round, since there are more columns than fit."""
-    from matplotlib.patches import Rectangle
-
-    axes = canvas.add_subplot()
+    look = sheet.look
     down, over = (rows, columns) if look.wide else (columns, rows)
+    low = legend(sheet, entries) if entries else 0.0
+    turned = not look.wide and any(width_of(label(name), look.font) > (sheet.width - 60) / len(over) for name in over)
+    under = max(width_of(label(name), look.font - 1) for name in over) if turned else 0.0
+    names = names_axis([" " if turned else label(name) for name in over])
+    box = (0, sheet.width, low + under, sheet.height)
+    made = panel(
+        sheet,
+        names,
+        _reversed(names_axis([label(name) for name in down])),
+        title="" if look.wide else across,
+        xlabel=across * look.wide,
+        box=box,
+    )
+    for index, name in enumerate(over) if turned else ():
+        x, _ = made.at(index, 0)
+        write(sheet, (x, made.bottom - 6), label(name), colour=look.muted, size=look.font - 1, ha="center", va="top", rotation=90)
+    painted: dict[tuple[str, float], list[list[tuple[float, float]]]] = defaultdict(list)
+    written = []
     for (row, column), cell in cells.items():
         x, y = (columns.index(column), rows.index(row)) if look.wide else (rows.index(row), columns.index(column))
         face, ink, text, alpha = paint(cell, look)
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, alpha=alpha, edgecolor=look.surface, linewidth=1))
-        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=look.font - (1.5 if look.wide else 2))
-    axes.set_xlim(-0.5, len(over) - 0.5)
-    axes.set_ylim(len(down) - 0.5, -0.5)
-    axes.set_xticks(range(len(over)), [label(name) for name in over], rotation=0 if look.wide else 90)
-    axes.set_yticks(range(len(down)), [label(name) for name in down])
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    if entries:
-        legend(canvas, entries, look)
-    finish(canvas, axes, [], look, xlabel=across if look.wide else "", ylabel="" if look.wide else across)
+        painted[face, alpha].append([made.at(x + dx, y + dy) for dx, dy in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))])
+        written.append((made.at(x, y), text, ink))
+    for (face, alpha), corners in painted.items():
+        areas(sheet, corners, face, alpha, look.surface)
+    for place, text, ink in written:
+        write(sheet, place, text, colour=ink, size=look.font - (1.5 if look.wide else 2), ha="center", va="center")
 
 
 def _map_height(rows: Sequence[str], columns: Sequence[str], look: Look, legend: int) -> float:
     if look.wide:
-        return 100 + 34 * len(rows) + 18 * (legend > 0)
-    return 80 + 26 * len(columns) + 7 * max(len(label(row)) for row in rows) + 18 * legend
+        return 70 + 34 * len(rows) + 23 * math.ceil(legend / 3)
+    return 80 + 26 * len(columns) + 7 * max(len(label(row)) for row in rows) + 19 * legend
+
+
+def _reversed(axis: Axis) -> Axis:
+    """The first at the top."""
+    return replace(axis, low=axis.high, high=axis.low)
 
 
 def _all_tokens(series: Mapping[str, Sequence[Value]]) -> list[int]:

@@ -59,7 +59,9 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One backend at one token count: what each rank took, and what is known of the ranks that were not timed."""
+    """One backend at one token count: what each rank took, and what is known of the ranks that were not timed.
+
+    What is computed is kept: a page asks for `counts` about 30 times a point."""
 
     backend: str
     timed: tuple[Timed, ...] = ()  # a rank each, slowest first
@@ -75,7 +77,7 @@ class Point:
     def slowest_us(self) -> float:
         return self.timed[0].median_us
 
-    @property
+    @cached_property
     def mean_us(self) -> float:
         return fmean(rank.median_us for rank in self.timed)
 
@@ -83,15 +85,15 @@ class Point:
     def interval_us(self) -> tuple[float, float]:
         return self.timed[0].interval_us
 
-    @property
+    @cached_property
     def records(self) -> tuple[Record, ...]:
         return tuple(record for rank in self.timed for record in rank.rounds)
 
-    @property
+    @cached_property
     def describes_kernel(self) -> bool:
         return all(_timing(record).comparable for record in self.records)
 
-    @property
+    @cached_property
     def flags(self) -> dict[str, str]:
         """Of all its records: flag -> the first sentence."""
         found: dict[str, str] = {}
@@ -104,17 +106,17 @@ class Point:
         """Of the slowest rank's first round; empty where stages were not timed."""
         return _timing(self.timed[0].rounds[0]).stages_us if self.timed else {}
 
-    @property
+    @cached_property
     def roofline(self) -> Roofline | None:
         """Of the slowest rank, where its time describes the kernel."""
         return self.timed[0].rounds[0].roofline if self.timed and self.describes_kernel else None
 
-    @property
+    @cached_property
     def roof_share(self) -> float | None:
         """Of the time that the roofs allow at least, over the measured one; 1.0 is perfect."""
         return self.roofline.floor_us / self.slowest_us if self.roofline and self.slowest_us else None
 
-    @property
+    @cached_property
     def counts(self) -> bool:
         """Whether it may be called fastest or stand in a ratio: every rank timed, every time comparable."""
         return len(self.timed) == self.num_ranks and self.describes_kernel
@@ -148,9 +150,16 @@ class Grid:
         return method_name(self.method) + whole + (f" ({self.differs})" if self.differs else "")
 
     def base(self, wanted: str | None = None) -> str | None:
-        """What the others are divided by: the wanted one, else the torch reference, where they count, else the first that does."""
-        able = [name for name in self.backends if any(row[name].counts for row in self.rows.values())]
-        return next((name for name in (wanted, BASELINE) if name in able), able[0] if able else None)
+        """What the others are divided by: the wanted one, else the torch reference, where they count, else what counts at the most token
+        counts, the first of these: one that holds few tokens would leave the others without a ratio."""
+        able = self._able
+        return next((name for name in (wanted, BASELINE) if name in able), next(iter(able), None))
+
+    @cached_property
+    def _able(self) -> tuple[str, ...]:
+        """Backends that count somewhere, at the most token counts first."""
+        counted = {name: sum(row[name].counts for row in self.rows.values()) for name in self.backends}
+        return tuple(sorted((name for name in self.backends if counted[name]), key=lambda name: -counted[name]))
 
     def times_as_fast(self, num_tokens: int, backend: str, wanted: str | None = None) -> float | None:
         """As the baseline, or None where one of the two does not count."""
@@ -253,8 +262,11 @@ class Family:
 def families(records: Iterable[Record]) -> list[Family]:
     """Records by family, models in the order of the presets, then by sizes."""
     found: dict[tuple[Case, str, str], list[Record]] = defaultdict(list)
+    blanks: dict[Case, Case] = {}  # replace() takes 20 us, and a run has as many cases as backends have records
     for record in records:
-        case = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
+        case = blanks.get(record.case)
+        if case is None:
+            case = blanks[record.case] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
         found[case, record.arch, record.device].append(record)
     return sorted(
         (Family(case=case, arch=arch, device=device, records=tuple(rows)) for (case, arch, device), rows in found.items()),
@@ -311,19 +323,22 @@ def contracts(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _row(backends: Sequence[str], here: Mapping[str, Sequence[Record]], there: Sequence[Record], num_ranks: int) -> dict[str, Point]:
+    mine = {id(record) for rows in here.values() for record in rows}
+    absent: dict[str, Record] = {}
+    for record in there:
+        if id(record) not in mine:
+            absent.setdefault(record.backend, record)
     points = []
     for backend in backends:
         ranks: dict[tuple[int, int], list[Record]] = defaultdict(list)
         for record in here.get(backend, ()):
             ranks[_rank(record.case)].append(record)
         timed = [Timed(rounds=tuple(sorted(rounds, key=lambda record: record.round))) for rounds in ranks.values()]
-        mine = {id(record) for record in here.get(backend, ())}
-        others = [record for record in there if record.backend == backend and id(record) not in mine]
         points.append(
             Point(
                 backend=backend,
                 timed=tuple(sorted(timed, key=lambda rank: rank.median_us, reverse=True)),
-                status=_why_absent(others[0]) if others else "",
+                status=_why_absent(absent[backend]) if backend in absent else "",
                 num_ranks=num_ranks,
             )
         )
@@ -341,10 +356,17 @@ def _marked(points: list[Point]) -> list[Point]:
     def mark(point: Point) -> Mark:
         if point is best:
             return "fastest"
-        overlaps = point.counts and point.interval_us[0] <= high and low <= point.interval_us[1]
-        return "tie" if overlaps else ""
+        if not point.counts or _fastest_sample_us(point) > high:  # an interval takes 20 times as long as a minimum
+            return ""
+        return "tie" if point.interval_us[0] <= high and low <= point.interval_us[1] else ""
 
-    return [replace(point, mark=mark(point)) for point in points]
+    marks = [(point, mark(point)) for point in points]
+    return [replace(point, mark=found) if found else point for point, found in marks]
+
+
+def _fastest_sample_us(point: Point) -> float:
+    """No interval reaches below it."""
+    return min(min(_timing(record).samples_us) for record in point.timed[0].rounds)
 
 
 def _difference(grid: Grid, others: Sequence[Grid]) -> str:

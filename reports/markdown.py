@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict
 from shlex import join
 
@@ -20,7 +20,6 @@ from moebench.reports.grid import (
     Point,
     by_reason,
     contracts,
-    families,
     flagged,
     median_us,
     method_name,
@@ -28,7 +27,9 @@ from moebench.reports.grid import (
     rank_name,
     skipped,
 )
-from moebench.reports.text import clean, count, error, gib, kernel_name, listed, percent, ratio, us
+from moebench.reports.layers import WHERE_ALL_ARE, Layers, layers, standings
+from moebench.reports.ran import launched, said
+from moebench.reports.text import clean, count, error, gib, listed, percent, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
 ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
@@ -37,19 +38,21 @@ LEGEND = (
     f"{DAGGER} does not describe the kernel, so it is never called fastest."
 )
 DOUBTED = f" {FLAGGED} has a reason to doubt it, see below."
+MOST_LINES = 200  # of a table that lists rows or reasons one by one
 
 
 def report(runs: Sequence[Run], baseline: str | None = None) -> str:
     """Everything the runs found, merged: one row per case, backend and architecture. Speed-ups are over the baseline where it counts."""
     records = merge(runs)
     blocks = ["# moebench report", _counts(records), "## Runs", *(_environment(run) for run in runs)]
-    sections = [family for family in families(records) if family.grids()]
+    found = layers(records)
+    sections = [(family, family.grids()) for family in found.shown]
     answers = _answers(sections)
-    blocks += ["## Which backend, when", answers] if answers else []
+    blocks += ["## Which backend, when", *_together(found), *answers] if answers else []
     doubted = flagged(records)
     blocks += ["## Times", LEGEND + (DOUBTED if doubted else "")] if sections else []
-    for family in sections:
-        blocks += _family(family, baseline)
+    for family, grids in sections:
+        blocks += _family(family, grids, baseline)
     for title, lines in (
         ("Tuning", _tuning(records)),
         ("Reasons to doubt", _flags(doubted)),
@@ -94,21 +97,38 @@ def _environment(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _answers(sections: Iterable[Family]) -> str:
+def _together(found: Layers) -> list[str]:
+    """What all layers say together; nothing where each of them is shown."""
+    if not found.left_out:
+        return []
+    rows = [
+        [
+            *(escape(text) for text in (one.layer, f"{one.how}, {one.device}", one.backend)),
+            str(one.compared),
+            percent(one.share),
+            ratio(one.mean_ratio),
+        ]
+        for one in standings([*found.shown, *found.left_out])
+    ]
+    head = ["layers", "how, where", "backend", "points compared", "lowest median in", "time over the lowest, mean"]
+    return [escape(found.note), *([_table(head, rows, left=(0, 1, 2))] if rows else [])]
+
+
+def _answers(sections: Sequence[tuple[Family, Sequence[Grid]]]) -> list[str]:
     """Who is fastest where; nothing where nobody was compared."""
     told = [
         f"- {escape(family.title)} on {escape(family.device)}, {escape(grid.title)}: {escape(sentence(grid))}"
-        for family in sections
-        for grid in family.grids()
+        for family, grids in sections
+        for grid in grids
         if contested(grid)
     ]
-    return "\n".join(told)
+    return ["\n".join(told)] if told else []
 
 
-def _family(family: Family, baseline: str | None) -> list[str]:
+def _family(family: Family, grids: Sequence[Grid], baseline: str | None) -> list[str]:
     title = f"### {escape(family.title)} on {escape(family.device)} ({escape(family.arch)})"
     blocks = [title]
-    for grid in family.grids():
+    for grid in grids:
         how = "; ".join(escape(method) for method in grid.l2_methods)
         cell = f" Each cell: {family.which_rank}." if family.which_rank else ""
         name = escape(f"{grid.title[0].upper()}{grid.title[1:]}")
@@ -186,7 +206,8 @@ def _routing(family: Family) -> list[str]:
 def _tuning(records: Iterable[Record]) -> list[str]:
     """Nothing where tuning did no harm."""
     rows = []
-    for setback in setbacks(records):
+    found = setbacks(records)
+    for setback in found[:MOST_LINES]:
         tuned, timing = setback.tuned, setback.tuned.timing
         assert timing is not None  # a setback is of two times
         rows.append(
@@ -202,7 +223,7 @@ def _tuning(records: Iterable[Record]) -> list[str]:
         )
     note = f"Slower tuned than untuned, by more than {(NOTABLE - 1) * 100:.0f} %: here the tactics that tuning chose are not the best ones."
     head = ["backend", "case", "arch", "timing", "tuned us", "untuned us", "tuned / untuned"]
-    return [note, _table(head, rows, left=range(4))] if rows else []
+    return [note, _table(head, rows, left=range(4)), *_cut(rows, found)] if rows else []
 
 
 def _flags(doubted: Mapping[str, Sequence[Record]]) -> list[str]:
@@ -263,40 +284,33 @@ def _numerics(records: Iterable[Record]) -> list[str]:
 
 def _what_ran(records: Sequence[Record]) -> list[str]:
     """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
-    kernels: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    facts: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        if record.kernels:
-            counts: Counter[str] = Counter()
-            for kernel in record.kernels:
-                counts[kernel_name(kernel.name)] += kernel.count
-            launched = ", ".join(name + (f" x{number}" if number > 1 else "") for name, number in counts.items())
-            kernels[record.backend, record.arch, launched].append(record)
-        if record.facts:
-            values = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record.facts.items())
-            said = ", ".join(f"{name}={value}" for name, value in values)
-            facts[record.backend, record.arch, said].append(record)
     blocks = []
-    for what, found in (("kernels of one call", kernels), ("what it says of itself", facts)):
+    for what, found in (("kernels of one call", launched(records)), ("what it says of itself", said(records))):
         rows = [
             [escape(backend), escape(arch), escape(text), str(len(group)), escape(group[0].case.label)]
-            for (backend, arch, text), group in found.items()
+            for (backend, arch, text), group in list(found.items())[:MOST_LINES]
         ]
-        blocks += [_table(["backend", "arch", what, "cases", "such as"], rows, left=(0, 1, 2, 4))] if rows else []
+        blocks += [_table(["backend", "arch", what, "cases", "such as"], rows, left=(0, 1, 2, 4)), *_cut(rows, found)] if rows else []
     return blocks
 
 
 def _skips(records: Iterable[Record]) -> list[str]:
+    found = by_reason(skipped(records))
     rows = [
-        [str(len(group)), escape(group[0].reason), escape(_backends(group)), escape(group[0].case.label)]
-        for group in by_reason(skipped(records))
+        [str(len(group)), escape(group[0].reason), escape(_backends(group)), escape(group[0].case.label)] for group in found[:MOST_LINES]
     ]
-    return [_table(["points", "reason", "backends", "such as"], rows, left=(1, 2, 3))] if rows else []
+    return [_table(["points", "reason", "backends", "such as"], rows, left=(1, 2, 3)), *_cut(rows, found)] if rows else []
 
 
 def _not_ok(records: Iterable[Record]) -> list[str]:
-    rows = [[r.status, escape(r.backend), escape(r.case.label), escape(r.arch), escape(r.reason)] for r in not_ok(records)]
-    return [_table(["status", "backend", "case", "arch", "reason"], rows, left=range(5))] if rows else []
+    found = not_ok(records)
+    rows = [[r.status, escape(r.backend), escape(r.case.label), escape(r.arch), escape(r.reason)] for r in found[:MOST_LINES]]
+    return [_table(["status", "backend", "case", "arch", "reason"], rows, left=range(5)), *_cut(rows, found)] if rows else []
+
+
+def _cut(rows: Sequence[object], found: Sized) -> list[str]:
+    """A sentence where a table does not hold all that was found."""
+    return [f"The first {len(rows)} of {len(found)}; {WHERE_ALL_ARE}."] if len(rows) < len(found) else []
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = ()) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 from unicodedata import category
 
 ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
+SPECIAL = frozenset("&<>\"'")
 VOID = frozenset(("br", "input", "link", "meta", "wbr"))
 
 
@@ -25,7 +27,7 @@ def escape(text: str) -> str:
     """Foreign text as text, in an element or a quoted attribute: on one line, without control, bidi or unpaired surrogate characters."""
     if not text.isprintable():
         text = " ".join("".join(char for char in text if char.isspace() or not category(char).startswith("C")).split())
-    return text.translate(ESCAPED)
+    return text if SPECIAL.isdisjoint(text) else text.translate(ESCAPED)  # a page of 5000 rows escapes 200 000 texts
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | bool | None) -> Html:
@@ -36,8 +38,8 @@ def tag(name: str, /, *children: Child, **attributes: str | int | bool | None) -
             opened.append(_name(key))
         elif value is not None and value is not False:
             opened.append(f'{_name(key)}="{escape(str(value))}"')
-    start = f"<{' '.join(opened)}>"
-    return Html(start) if name in VOID else Html(f"{start}{join(*children).markup}</{name}>")
+    start = " ".join(opened)
+    return Html(f"<{start}>") if name in VOID else Html(f"<{start}>{''.join(map(_markup, children))}</{name}>")
 
 
 def join(*children: Child) -> Html:
@@ -72,14 +74,17 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], *, caption: st
 
 
 def _markup(child: Child) -> str:
-    if child is None:
-        return ""
     if isinstance(child, Html):
         return child.markup
-    if isinstance(child, str | int):
-        return escape(str(child))
+    if isinstance(child, str):
+        return escape(child)
+    if child is None:
+        return ""
+    if isinstance(child, int):
+        return str(child)
     return "".join(map(_markup, child))
 
 
+@cache
 def _name(key: str) -> str:
     return key.rstrip("_").replace("_", "-")

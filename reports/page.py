@@ -30,29 +30,39 @@ from moebench.reports.grid import (
     rank_name,
     skipped,
 )
-from moebench.reports.markup import Child, Html, breakable, table, tag
+from moebench.reports.layers import WHERE_ALL_ARE, Layers, standings
+from moebench.reports.markup import Child, Html, breakable, join, table, tag
+from moebench.reports.ran import launched, said
 from moebench.reports.ranks import Imbalance, balancedness
-from moebench.reports.text import count, error, gib, kernel_name, listed, percent, ratio, slug, us
+from moebench.reports.text import count, error, gib, listed, percent, ratio, slug, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
 Draw = Callable[[Figure], Html]
+Show = Callable[[Figure], Html | None]  # None for a figure that is one too many
 
 MANY = 4  # layers, beyond which each shows its first figure only until it is asked for the others
-MOST_FIGURES = 40  # of single layers; one takes about 0.3 s to draw and 50 kB
+MOST_FIGURES = 12  # two layers have 10; a figure takes 60 ms to draw for both widths
+MOST_SENTENCES = 8  # of the answer, before the rest is folded
+MOST_LINES = 200  # of a table that lists rows or reasons one by one
 
 
-def page(runs: Sequence[Run], *, baseline: str | None = None, draw: Draw = render.inline) -> str:
+def page(runs: Sequence[Run], *, baseline: str | None = None, most_figures: int = MOST_FIGURES, draw: Draw = render.inline) -> str:
     """Everything the runs found, merged. The baseline is what speed-ups are over where it counts; `draw` makes a figure's SVG."""
     records = merge(runs)
     drawn = figures.album(records, baseline)
     groups = [(family, grid) for family, grid, _ in drawn.grids]
+    few = {figure.name for figure in drawn.first(most_figures)}
+
+    def show(figure: Figure) -> Html | None:
+        return draw(figure) if figure.name in few else None
+
     sections = [
+        _Section(id="answer", title="Which backend, when", body=_answer(groups, records, drawn.layers)),
         _Section(id="what", title="What ran, and on what", body=[_run(run) for run in runs]),
-        _Section(id="answer", title="Which backend, when", body=_answer(groups, records)),
-        _Section(id="times", title="Times", body=_times(drawn.grids, baseline, draw)),
-        _Section(id="ep", title="Expert-parallel ranks", body=_ranks(drawn.ranks, draw)),
-        _Section(id="maps", title="Over two axes", body=[_figure(figure, draw) for figure in drawn.maps]),
-        _Section(id="numerics", title="Numerics", body=_numerics(records, drawn.numerics, draw)),
+        _Section(id="times", title="Times", body=_times(drawn.grids, baseline, show)),
+        _Section(id="ep", title="Expert-parallel ranks", body=_ranks(drawn.ranks, show)),
+        _Section(id="maps", title="Over two axes", body=_figures(drawn.maps, show)),
+        _Section(id="numerics", title="Numerics", body=_numerics(records, drawn.numerics, show)),
         _Section(id="flags", title="Reasons to doubt", body=[*_flags(records), *_sensors(records)]),
         _Section(id="left-out", title="Skipped and failed", body=_left_out(records)),
         _Section(id="kernels", title="Kernels and tuning", body=[*_tuning(records), *_what_ran(records), *_phases(records)]),
@@ -139,8 +149,8 @@ def _run(run: Run) -> Html:
     return tag("div", tag("h3", "run ", manifest.run_id), tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in rows]))
 
 
-def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record]) -> list[Html]:
-    """Sentences where backends were compared, then a table of every layer."""
+def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record], found: Layers) -> list[Html]:
+    """Sentences where backends were compared, then a table of every layer; before both what many layers say together."""
     if not groups:
         return [tag("p", "No row has a time.")] if records else []
     told = [
@@ -179,29 +189,45 @@ def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record]) ->
     single = all(record.round == 0 for record in records)
     within = " Intervals are of one process; fresh processes of the same code differ by a little more (sweep --rounds)." if single else ""
     dagger = f" Rows marked {DAGGER} below do not describe a kernel and are not compared." if _daggers(groups) else ""
+    if len(told) > MOST_SENTENCES:
+        more = tag("summary", f"{len(told) - MOST_SENTENCES} more sentences like these; the table has them all")
+        told = [*told[:MOST_SENTENCES], tag("details", more, told[MOST_SENTENCES:])]
     return [
+        *_together(found),
         *told,
         table(head, rows, caption="The fastest backend of each layer", left=left, class_="wrap"),
         tag("p", note, within, dagger, class_="note"),
     ]
 
 
-def _times(grids: Sequence[tuple[Family, Grid, Sequence[Figure]]], baseline: str | None, draw: Draw) -> list[Html]:
-    left, blocks = MOST_FIGURES, [_legend()]
+def _together(found: Layers) -> list[Html]:
+    """One table over all layers; nothing where each of them is shown."""
+    if not found.left_out:
+        return []
+    rows: list[list[Child]] = [
+        [one.layer, f"{one.how}, {one.device}", tag("strong", one.backend), str(one.compared), percent(one.share), ratio(one.mean_ratio)]
+        for one in standings([*found.shown, *found.left_out])
+    ]
+    head = ["layers", "how, where", "backend", "points compared", "lowest median in", "time over the lowest, mean"]
+    together = (
+        [table(head, rows, caption="All layers together, whatever their routing and seed", left=(0, 1, 2), class_="wrap")] if rows else []
+    )
+    return [tag("p", found.note, class_="answer"), *together]
+
+
+def _times(grids: Sequence[tuple[Family, Grid, Sequence[Figure]]], baseline: str | None, show: Show) -> list[Html]:
+    blocks = [_legend()]
     for family, grid, drawn in grids:
-        shown = drawn if len(drawn) <= left else ()
-        left -= len(shown)
+        shown = _figures(drawn, show)
         how = "; ".join(grid.l2_methods)
         cell = f" Each cell: {family.which_rank}." if family.which_rank else ""
         subtitle = f"{family.device} ({family.arch}); {grid.title}{f' ({how})' if how else ''}.{cell}"
         blocks += [tag("h3", family.name), tag("p", subtitle, class_="how")]
-        blocks += _folded([_figure(figure, draw) for figure in shown], fold=len(grids) > MANY)
-        if drawn and not shown:
-            blocks.append(tag("p", f"No figures here: a page has at most {MOST_FIGURES}. The tables are complete.", class_="note"))
+        blocks += _folded(shown, fold=len(grids) > MANY)
         notes = [tag("li", f"{backend}: {note}") for backend, note in grid.notes]
         blocks += [tag("ul", notes, class_="note")] if notes else []
         tables = [_time_table(grid), *_speed_ups(grid, baseline), *_roof_shares(grid), *_stages(grid), *_routing(family)]
-        blocks.append(tag("details", tag("summary", "The numbers"), tables, open=not shown))
+        blocks.append(tag("details", tag("summary", "The numbers"), tables, open=not drawn))
     return blocks if grids else []
 
 
@@ -223,10 +249,22 @@ def _legend() -> Html:
     )
 
 
-def _figure(figure: Figure, draw: Draw) -> Html:
+def _figures(drawn: Sequence[Figure], show: Show) -> list[Html]:
+    """Those that are among the first of the page, and a sentence that says how many are not."""
+    made = [(figure, svg) for figure in drawn if (svg := show(figure)) is not None]
+    blocks = [_figure(figure, svg) for figure, svg in made]
+    if missing := len(drawn) - len(made):
+        words = "has" if missing == 1 else "have"
+        told = f"{count(missing, 'figure')} of this {words} no place on a page of so many layers: "
+        ways = tag("code", "moebench report RUN --out page.html --figures 99"), " draws more, ", tag("code", "--plots DIR"), " all of them"
+        blocks.append(tag("p", told, *ways, " as files. The tables are complete.", class_="note"))
+    return blocks
+
+
+def _figure(figure: Figure, svg: Html) -> Html:
     notes = [tag("span", note, class_="note") for note in figure.notes]
     caption = tag("figcaption", tag("strong", figure.title), tag("span", figure.finding), notes)
-    return tag("figure", caption, draw(figure), id=f"figure-{figure.name}")
+    return tag("figure", caption, svg, id=f"figure-{figure.name}")
 
 
 def _time_table(grid: Grid) -> Html:
@@ -288,11 +326,11 @@ def _routing(family: Family) -> list[Html]:
     return [table(["tokens", "active experts", "token-expert pairs", "load, max / mean"], rows, caption=caption)] if rows else []
 
 
-def _ranks(ranks: Sequence[tuple[Imbalance, Sequence[Figure]]], draw: Draw) -> list[Html]:
+def _ranks(ranks: Sequence[tuple[Imbalance, Sequence[Figure]]], show: Show) -> list[Html]:
     blocks: list[Html] = []
     for found, drawn in ranks:
         blocks += [tag("h3", f"{found.title}, {found.backend}"), tag("p", f"{found.family.device}; {found.grid.title}.", class_="how")]
-        blocks += [_figure(figure, draw) for figure in drawn]
+        blocks += _figures(drawn, show)
         rows: list[list[Child]] = []
         for size, points in found.sizes.items():
             for tokens, point in points.items():
@@ -330,7 +368,7 @@ def _ranks(ranks: Sequence[tuple[Imbalance, Sequence[Figure]]], draw: Draw) -> l
     return [*blocks, tag("p", note, class_="note")] if blocks else []
 
 
-def _numerics(records: Sequence[Record], drawn: Sequence[Figure], draw: Draw) -> list[Html]:
+def _numerics(records: Sequence[Record], drawn: Sequence[Figure], show: Show) -> list[Html]:
     """Worst error of each backend over all its cases, and where it was."""
     found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -338,12 +376,12 @@ def _numerics(records: Sequence[Record], drawn: Sequence[Figure], draw: Draw) ->
             found[record.backend, record.act_dtype, record.arch].append(record)
     rows = []
     for (backend, act_dtype, arch), group in found.items():
-        errors = [(record.error, record.case.label) for record in group if record.error]
+        errors = [(record.error, record.case) for record in group if record.error]
         rel, rel_at = max(errors, key=lambda item: item[0].rel_l2)
         worst, worst_at = max(errors, key=lambda item: item[0].worst)
-        where = f"{worst_at}, token {worst.worst_token}, column {worst.worst_column}"
+        where = f"{worst_at.label}, token {worst.worst_token}, column {worst.worst_column}"
         shares = f"{error(rel.rel_l2)} / {error(rel.rel_l2_tolerance)}", f"{error(worst.worst)} / {error(worst.worst_tolerance)}"
-        rows.append([backend, act_dtype, arch, str(len(group)), shares[0], rel_at, shares[1], where])
+        rows.append([backend, act_dtype, arch, str(len(group)), shares[0], rel_at.label, shares[1], where])
     if not rows:
         return []
     note = (
@@ -351,8 +389,11 @@ def _numerics(records: Sequence[Record], drawn: Sequence[Figure], draw: Draw) ->
         "the rms of its token or the rms of its column, whichever is largest. A row above a tolerance is wrong and has no time."
     )
     head = ["backend", "activations", "arch", "cases", "relative L2 / tolerance", "at", "worst element / tolerance", "at"]
-    shown = [_figure(figure, draw) for figure in drawn]
-    return [*shown, table(head, rows, caption="Largest errors of each backend", left=(0, 1, 2, 5, 7)), tag("p", note, class_="note")]
+    return [
+        *_figures(drawn, show),
+        table(head, rows, caption="Largest errors of each backend", left=(0, 1, 2, 5, 7)),
+        tag("p", note, class_="note"),
+    ]
 
 
 def _flags(records: Sequence[Record]) -> list[Html]:
@@ -362,9 +403,10 @@ def _flags(records: Sequence[Record]) -> list[Html]:
         known = FLAGS.get(name)
         told = [tag("p", known.meaning, " ", tag("em", known.remedy))] if known else []
         rows = [
-            [record.backend, record.case.label, us(record.median_us) if record.median_us else "", record.flags[name]] for record in group
+            [record.backend, record.case.label, us(record.median_us) if record.median_us else "", record.flags[name]]
+            for record in group[:MOST_LINES]
         ]
-        inner = table(["backend", "case", "us a call", "why"], rows, caption=f"Rows with the flag {name}", left=(0, 1, 3))
+        inner = _capped(group, ["backend", "case", "us a call", "why"], rows, caption=f"Rows with the flag {name}", left=(0, 1, 3))
         shown = tag("details", tag("summary", count(len(group), "row")), inner, open=len(group) <= 5)
         blocks.append(tag("div", tag("h3", name, " ", tag("span", FLAGGED, class_="mark")), told, shown, id=f"flag-{slug(name)}"))
     if blocks or not any(record.timing for record in records):
@@ -407,15 +449,17 @@ def _phases(records: Sequence[Record]) -> list[Html]:
 
 
 def _left_out(records: Sequence[Record]) -> list[Html]:
+    groups = [*by_reason(not_ok(records)), *by_reason(skipped(records))]
     rows = [
         [group[0].status, str(len(group)), group[0].reason, listed(list(dict.fromkeys(r.backend for r in group))), group[0].case.label]
-        for group in [*by_reason(not_ok(records)), *by_reason(skipped(records))]
+        for group in groups[:MOST_LINES]
     ]
     head = ["status", "rows", "reason", "backends", "such as"]
-    return [table(head, rows, caption="Rows without a time, by reason", left=(0, 2, 3, 4))] if rows else []
+    return [_capped(groups, head, rows, caption="Rows without a time, by reason", left=(0, 2, 3, 4))] if rows else []
 
 
 def _tuning(records: Sequence[Record]) -> list[Html]:
+    found = setbacks(records)
     rows = [
         [
             setback.tuned.backend,
@@ -424,32 +468,23 @@ def _tuning(records: Sequence[Record]) -> list[Html]:
             us(setback.untuned.median_us or 0.0),
             ratio(setback.ratio),
         ]
-        for setback in setbacks(records)
+        for setback in found[:MOST_LINES]
     ]
     caption = f"Slower tuned than untuned by more than {(NOTABLE - 1) * 100:.0f} %"
-    return [table(["backend", "case", "tuned us", "untuned us", "tuned / untuned"], rows, caption=caption, left=(0, 1))] if rows else []
+    head = ["backend", "case", "tuned us", "untuned us", "tuned / untuned"]
+    return [_capped(found, head, rows, caption=caption, left=(0, 1))] if rows else []
 
 
 def _what_ran(records: Sequence[Record]) -> list[Html]:
     """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
-    kernels: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    facts: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        if record.kernels:
-            counts: Counter[str] = Counter()
-            for kernel in record.kernels:
-                counts[kernel_name(kernel.name)] += kernel.count
-            kernels[record.backend, ", ".join(name + (f" x{number}" if number > 1 else "") for name, number in counts.items())].append(
-                record
-            )
-        if record.facts:
-            values = ((name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record.facts.items())
-            facts[record.backend, ", ".join(f"{name}={value}" for name, value in values)].append(record)
     blocks = []
-    for what, found in (("Kernels that one call launched", kernels), ("What backends say of themselves", facts)):
-        rows = [[backend, told, str(len(group)), group[0].case.label] for (backend, told), group in found.items()]
-        inner = table(["backend", "", "rows", "such as"], rows, caption=what, left=(0, 1, 3), class_="words")
-        blocks += [tag("details", tag("summary", f"{what} ({len(rows)})"), inner)] if rows else []
+    for what, found in (("Kernels that one call launched", launched(records)), ("What backends say of themselves", said(records))):
+        groups = list(found.items())
+        rows = [
+            [backend, told, str(len(group)), f"{group[0].case.label} on {arch}"] for (backend, arch, told), group in groups[:MOST_LINES]
+        ]
+        inner = _capped(groups, ["backend", "", "rows", "such as"], rows, caption=what, left=(0, 1, 3), class_="words")
+        blocks += [tag("details", tag("summary", f"{what} ({len(groups)})"), inner)] if rows else []
     return blocks
 
 
@@ -502,6 +537,16 @@ def _provenance(runs: Sequence[Run], records: Sequence[Record]) -> list[Html]:
     return blocks if runs else []
 
 
+def _capped(
+    found: Sequence[object], head: Sequence[str], rows: Sequence[Sequence[Child]], *, caption: str, left: Sequence[int], class_: str = ""
+) -> Html:
+    """A table of the first of what was found, with a sentence where that is not all."""
+    shown = table(head, rows, caption=caption, left=left, class_=class_)
+    if len(found) <= len(rows):
+        return shown
+    return join(shown, tag("p", f"The first {len(rows)} of {len(found)}; {WHERE_ALL_ARE}.", class_="note"))
+
+
 def _layer(family: Family) -> str:
     return f"{family.name} ({family.which_rank})" if family.which_rank else family.name
 
@@ -511,6 +556,8 @@ def _span(values: Sequence[float] | None, text: Callable[[float], str]) -> str:
     if not values:
         return ""
     low, high = text(min(values)), text(max(values))
+    if low.endswith(" %"):
+        return low if low == high else f"{low.removesuffix(' %')} to {high}"
     return low if low == high else f"{low} to {high}"
 
 

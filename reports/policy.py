@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moebench import serving_flags
 from moebench.crossover import Crossover, Excluded, OneForAll, Stretch
+from moebench.reports.markdown import escape
 from moebench.reports.text import clean, count
 from moebench.serving_flags import Server, Setting
 
@@ -24,6 +25,29 @@ def table(crossovers: Sequence[Crossover]) -> RenderableType:
     """One table for each model, device, spread, scope and activation format."""
     parts = [part for found in crossovers for part in _section(found)]
     return Group(*parts, *(Text(line, style="dim") for line in _legend(crossovers)))
+
+
+def markdown(crossovers: Sequence[Crossover]) -> str:
+    """The same, to be pasted into a page."""
+    blocks = []
+    for found in crossovers:
+        rows = [
+            [
+                _tokens(stretch),
+                escape(stretch.backend) + (f" ({stretch.act_dtype})" if found.act_dtype is None else ""),
+                escape(", ".join(stretch.ties)),
+                *(escape(str(cell)) for cell in _costs(stretch)),
+            ]
+            for stretch in found.stretches
+        ]
+        head = ["| tokens | use | ties with it | runner-up | which costs |", "| --: | :-- | :-- | :-- | --: |"]
+        blocks += [f"**{escape(_title(found))}** on {escape(found.device)} ({escape(found.arch)}), {_subtitle(found)}"]
+        blocks += ["\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])]
+        if found.one_for_all and len(found.stretches) > 1:
+            blocks.append(f"For all of them: {escape(found.one_for_all.backend)}, {_loss(found.one_for_all)}.")
+        if told := list(_cannot_win(found.excluded)):
+            blocks.append("\n".join(f"- {escape(line)}" for line in told))
+    return "\n\n".join([*blocks, "\n".join(f"- {escape(line)}" for line in _legend(crossovers))]) + "\n"
 
 
 def server_table(crossovers: Sequence[Crossover], server: Server, version: str, left_out: Sequence[str]) -> RenderableType:
@@ -111,13 +135,16 @@ def _percent(share: float) -> str:
 
 
 def _cannot_win(excluded: Sequence[Excluded]) -> Iterator[str]:
-    """Each backend and reason once; what was skipped, once for all."""
+    """Backends of one reason at the same counts together; not what was skipped, which the report lists."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in excluded:
         if row.reason != "skipped":
             reasons.setdefault((row.backend, row.reason), []).append(row.num_tokens)
+    alike: dict[tuple[str, str], list[str]] = {}
     for (backend, reason), tokens in reasons.items():
-        yield f"cannot win: {clean(backend)} at {', '.join(map(str, sorted(tokens)))}: {clean(reason)}"
+        alike.setdefault((", ".join(map(str, sorted(tokens))), reason), []).append(backend)
+    for (where, reason), backends in alike.items():
+        yield f"cannot win: {clean(', '.join(backends))} at {where}: {clean(reason)}"
 
 
 def _legend(crossovers: Sequence[Crossover]) -> Iterator[str]:

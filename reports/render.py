@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
-from moebench.reports.drawing import DARK, LIGHT, NARROW, SLOTS, WIDE, Figure, drawn_on_canvas, page_look
-from moebench.reports.markup import Html, tag
+from moebench.reports.drawing import DARK, LIGHT, NARROW, SLOTS, WIDE, Figure, drawn_on_canvas, page_look, palettes
+from moebench.reports.markup import Html, join, tag
 from moebench.reports.text import clean
 
 PNG_SCALE = 2
@@ -25,10 +25,7 @@ def png(figure: Figure, directory: Path) -> list[Path]:
     paths = []
     for look, ending in ((LIGHT, ""), (DARK, "-dark")):
         path = directory / f"{figure.name}{ending}.png"
-        with drawn_on_canvas(figure, look) as canvas:
-            canvas.suptitle(
-                textwrap.fill(clean(figure.title), 100), x=0.01, ha="left", color=look.ink, fontsize=look.font + 1, weight="bold"
-            )
+        with drawn_on_canvas(figure, look, textwrap.wrap(clean(figure.title), 90)) as canvas:
             canvas.savefig(path, dpi=72 * PNG_SCALE, facecolor=look.surface, metadata={"Software": None, "Title": clean(figure.title)})
         paths.append(path)
     return paths
@@ -37,7 +34,7 @@ def png(figure: Figure, directory: Path) -> list[Path]:
 def svg(figure: Figure, width: int) -> Html:
     """For the page: without styles of its own, its ids unlike those of other figures, and with a title and a description."""
     text = io.StringIO()
-    with drawn_on_canvas(figure, page_look(width)) as canvas:
+    with drawn_on_canvas(figure, page_look(width), measured=False) as canvas:
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     prefix = f"{figure.name}-{width}"
     root = ElementTree.fromstring(text.getvalue())
@@ -46,6 +43,23 @@ def svg(figure: Figure, width: int) -> Html:
     told = tag("title", clean(figure.title), id=f"{prefix}-title").markup + tag("desc", clean(figure.finding), id=f"{prefix}-desc").markup
     opened = f'<svg viewBox="{box}" role="img" aria-labelledby="{prefix}-title" aria-describedby="{prefix}-desc"'
     return Html(f'{opened} class="{"wide" if width == WIDE else "narrow"}">{told}{inner}</svg>')
+
+
+def picture(figure: Figure) -> str:
+    """An SVG file by itself: its title above it, light, or dark where the reader prefers that."""
+    inner = svg(figure, WIDE).markup
+    width, height = inner.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
+    lines = textwrap.wrap(clean(figure.title), 90)
+    above = 20 * len(lines) + 14
+    title = [
+        tag("text", line, x=10, y=20 * (row + 1), font_size=14, font_weight="bold", fill="var(--ink)") for row, line in enumerate(lines)
+    ]
+    plot = inner.replace("<svg ", f'<svg y="{above}" width="{width}" height="{height}" ', 1)
+    box = f"0 0 {width} {float(height) + above:g}"
+    style = f"<style>{palettes()}text{{font-family:Helvetica,Arial,sans-serif}}</style>"
+    paper = tag("rect", width="100%", height="100%", fill="var(--surface)")
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {links} viewBox="{box}">{style}{join(paper, title).markup}{plot}</svg>\n'
 
 
 _DROPPED = {"metadata", "style"}

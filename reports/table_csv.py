@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 
 from moebench.case import CASE_FIELDS
 from moebench.record import Error, Record, Roofline, Telemetry, Timing
@@ -17,11 +18,6 @@ Value = str | int | float | bool | tuple[int | float, ...] | None
 RECORD = ("run_id", "time", "schema", "backend", "act_dtype", "arch", "device", "status", "reason", "prepare_s")
 RAN = ("facts", "kernels")
 TIMING: dict[str, Callable[[Timing], Value]] = {
-    "median_us": lambda timing: timing.median_us,
-    "q1_us": lambda timing: timing.quartiles_us[0],
-    "q3_us": lambda timing: timing.quartiles_us[1],
-    "ci_low_us": lambda timing: timing.interval_us[0],
-    "ci_high_us": lambda timing: timing.interval_us[1],
     "n_samples": lambda timing: len(timing.samples_us),
     "clock": lambda timing: timing.clock,
     "l2": lambda timing: timing.l2,
@@ -30,6 +26,7 @@ TIMING: dict[str, Callable[[Timing], Value]] = {
     "comparable": lambda timing: timing.comparable,
     "timing_note": lambda timing: timing.note,
 }
+SPREAD = ("q1_us", "q3_us", "ci_low_us", "ci_high_us")
 HOW: dict[str, Callable[[Timing], Value]] = {
     "calls_per_region": lambda timing: timing.calls_per_region,
     "stop_reason": lambda timing: timing.stop_reason,
@@ -57,7 +54,7 @@ TRUST: dict[str, Callable[[Record], Value]] = {
     "launches_compared": lambda record: record.launches_compared,
     "phases_s": lambda record: _pairs(record.phases_s),
 }
-HEADER = (*RECORD, *CASE_FIELDS, *TIMING, *ERROR, *(f"routing_{name}" for name in REALIZED), *RAN)
+HEADER = (*RECORD, *CASE_FIELDS, "median_us", *SPREAD, *TIMING, *ERROR, *(f"routing_{name}" for name in REALIZED), *RAN)
 HEADER = (*HEADER, *TRUST, *HOW, *(f"roof_{name}" for name in ROOFLINE), *(f"gpu_{name}" for name in TELEMETRY))
 
 
@@ -74,6 +71,7 @@ def _values(record: Record) -> list[Value]:
     return [
         *(getattr(record, name) for name in RECORD),
         *(getattr(record.case, name) for name in CASE_FIELDS),
+        *([record.timing.median_us, *record.timing.quartiles_us, *record.timing.interval_us] if record.timing else [None] * 5),
         *(value(record.timing) if record.timing else None for value in TIMING.values()),
         *(getattr(record.error, name, None) for name in ERROR),
         *(getattr(record.routing, name, None) for name in REALIZED),
@@ -97,7 +95,12 @@ def _cell(value: Value) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return " ".join(map(str, value))
-    return _no_formula(clean(value)) if isinstance(value, str) else repr(value)
+    return _words(value) if isinstance(value, str) else repr(value)
+
+
+@lru_cache(maxsize=4096)  # kernels and facts are 7 KB a row, and the same in most rows of a backend
+def _words(text: str) -> str:
+    return _no_formula(clean(text))
 
 
 def _no_formula(text: str) -> str:

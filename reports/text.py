@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from unicodedata import category
 
 
@@ -47,6 +48,7 @@ def label(text: str, length: int = 34) -> str:
     return f"{text[: length - 1 - tail]}…{text[-tail:]}"
 
 
+@lru_cache(maxsize=4096)
 def kernel_name(name: str) -> str:
     """A kernel's own name without namespaces, arguments and template arguments, from a C++ or a mangled name; the journal has it whole."""
     if name.startswith("_ZN"):
@@ -55,7 +57,7 @@ def kernel_name(name: str) -> str:
             end = len(digits[0]) + int(digits[0])
             own, rest = rest[len(digits[0]) : end], rest[end:]
         return short(own or name)
-    return short(re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip() or name)
+    return short(re.split(r"[<(]", name.removeprefix("void "), maxsplit=1)[0].split("::")[-1].strip() or name)
 
 
 def clean(text: str) -> str:

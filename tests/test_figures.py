@@ -82,7 +82,8 @@ def test_zero_tokens_have_no_place_on_a_logarithmic_axis():
 
 def test_the_token_axis_shows_powers_of_two_as_plain_numbers():
     shown = texts(figure_of(WHOLE, "latency-gpt-oss-20b"))
-    assert shown[:7] == ["1", "4", "16", "64", "256", "1024", "tokens"]
+    assert shown[:6] == ["1", "4", "16", "64", "256", "1024"]
+    assert "tokens" in shown
 
 
 def test_every_line_is_named_in_both_widths():
@@ -218,3 +219,11 @@ def test_labels_that_would_touch_are_pushed_apart_in_order():
     assert drawing.spread([100.0, 101.0, 200.0], 16, 0) == [92.5, 108.5, 200.0]
     assert drawing.spread([1.0, 2.0], 16, 0) == [0, 16]
     assert drawing.spread([10.0, 20.0, 30.0], 16, 0) == [4.0, 20.0, 36.0]
+    assert drawing.spread([80.0, 99.0, 100.0], 16, 0, 100) == [68.0, 84.0, 100.0]
+
+
+def test_ticks_that_would_touch_are_left_out_and_the_last_one_stays():
+    crowded = [full(name, m, us + m) for name, us in (("a", 10.0), ("b", 20.0)) for m in range(1, 41)]
+    shown = [text for text in texts(figures.album(crowded).figures[0], NARROW) if text.isdigit()]
+    assert shown[shown.index("40") - 1] == "30"
+    assert "39" not in shown

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from moebench.cli import main
 from moebench.flags import FLAGS
 from moebench.reports import drawing
+from moebench.reports.layers import MOST_LAYERS
 from moebench.reports.markup import Html, breakable, escape, table, tag
-from moebench.reports.page import page
+from moebench.reports.page import MOST_FIGURES, MOST_LINES, page
 from moebench.reports.reproduce import command
 from tests.full_records import CONTRACT, HOSTILE, full, hostile_run, whole_run
 from tests.made_runs import run, timed, untimed, write_run
@@ -62,18 +63,18 @@ def shown(*records, **more):
     return Parsed(page([run(*records)], draw=undrawn, **more))
 
 
-WHOLE = shown(*whole_run())
+WHOLE = shown(*whole_run(), most_figures=99)
 
 
 def test_the_page_tells_its_story_in_order():
     assert [section["id"] for section in WHOLE.all("section")] == [
-        *("what", "answer", "times", "ep", "maps", "numerics", "flags", "left-out", "provenance", "rows")
+        *("answer", "what", "times", "ep", "maps", "numerics", "flags", "left-out", "provenance", "rows")
     ]
     linked = [a["href"] for a in WHOLE.all("a") if not a["href"].startswith("#flag-")]
     assert linked == ["#flags", *(f"#{section['id']}" for section in WHOLE.all("section"))]
 
 
-def test_what_ran_is_told_first():
+def test_what_ran_is_told():
     told = WHOLE.sections["what"]
     assert all(fact in told for fact in ("NVIDIA H200", "580.159.04", "2026-11-22", "torch 2.13.0", "moebench sweep"))
     assert "gpt-oss-20b experts on NVIDIA H200" in "".join(WHOLE.text)
@@ -200,7 +201,7 @@ def test_a_run_on_a_cpu_is_worth_reading():
     assert "At 1 to 4 tokens torch is fastest (4.44x as fast as the next)." in told.sections["answer"]
     assert "1000000†" in told.sections["times"]
     assert "triton_mxfp4_bf16: ran in Triton's interpreter" in told.sections["times"]
-    assert [section["id"] for section in told.all("section")] == ["what", "answer", "times", "numerics", "flags", "provenance", "rows"]
+    assert [section["id"] for section in told.all("section")] == ["answer", "what", "times", "numerics", "flags", "provenance", "rows"]
 
 
 def test_many_layers_show_their_first_figure_and_fold_the_others():
@@ -213,7 +214,46 @@ def test_many_layers_show_their_first_figure_and_fold_the_others():
 
 def test_a_page_has_so_many_figures_and_says_so_of_the_others():
     told = shown(*(full(name, m, us + m, seed=s) for s in range(12) for name, us in (("a", 20.0), ("b", 30.0)) for m in (1, 4)))
-    assert told.sections["times"].count("No figures here: a page has at most 40.") == 2
+    assert len(told.all("figure")) == MOST_FIGURES
+    names = [figure["id"] for figure in told.all("figure")]
+    assert [sum(name.startswith(f"figure-{kind}-") for name in names) for kind in ("latency", "winners")] == [10, 1]
+    missing = 12 * 4 + 2 - MOST_FIGURES
+    said = [int(number) for number in re.findall(r"(\d+) figures? of this ha(?:s|ve) no place on a page", told.sections["times"])]
+    assert sum(said) == missing
+
+
+def test_a_page_has_as_many_figures_as_are_asked_for(tmp_path):
+    directory = write_run(tmp_path / "r", *(full(name, m, us + m) for name, us in (("a", 20.0), ("b", 30.0)) for m in (1, 4)))
+    for most in (0, 2, 99):
+        assert report(directory, "--out", tmp_path / f"{most}.html", "--figures", most).exit_code == 0
+    assert [(tmp_path / f"{most}.html").read_text().count("<figure") for most in (0, 2, 99)] == [0, 2, 5]
+
+
+def test_the_command_and_the_page_have_one_default():
+    (option,) = [option for option in main.get_command(click.Context(main), "report").params if option.name == "figures"]
+    assert option.default == MOST_FIGURES
+
+
+def test_a_page_of_many_layers_shows_some_and_says_what_all_of_them_say():
+    layers = MOST_LAYERS + 5
+    rows = [
+        full(name, m, us + m, seed=s)
+        for s in range(layers)
+        for name, us in (("a", 20.0), ("b", 30.0 if s < MOST_LAYERS else 10.0))
+        for m in (1, 4)
+    ]
+    told = shown(*rows)
+    assert told.sections["times"].count("The numbers") == MOST_LAYERS
+    assert f"{layers} layers were timed. One by one the first {MOST_LAYERS} are shown" in told.sections["answer"]
+    assert "gpt-oss-20bCUDA graph replay, cold L2, NVIDIA H200b1307.7 %" in told.sections["answer"]
+    assert "All layers together" not in shown(*rows[: 4 * MOST_LAYERS]).sections["answer"]
+
+
+def test_a_table_of_many_reasons_ends_with_where_the_others_are():
+    told = shown(*(untimed("a", m, "failed", f"reason {m}") for m in range(MOST_LINES + 7)))
+    assert f"reason {MOST_LINES - 1}" in told.sections["left-out"]
+    assert f"reason {MOST_LINES}a" not in told.sections["left-out"]
+    assert f"The first {MOST_LINES} of {MOST_LINES + 7}; results.csv" in told.sections["left-out"]
 
 
 def test_a_page_without_records_still_says_what_ran():

@@ -20,7 +20,7 @@ from moebench.serving_flags import Server
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--format", "style", type=click.Choice(["table", "json", "vllm", "sglang"]), default="table", show_default=True)
+@click.option("--format", "style", type=click.Choice(["table", "md", "json", "vllm", "sglang"]), default="table", show_default=True)
 @click.option(
     "--server-version", metavar="VERSION", help="Release of vLLM or SGLang to print flags for. [default: the newest that was read]"
 )
@@ -48,6 +48,8 @@ def policy(runs: tuple[Path, ...], style: str, server_version: str | None) -> No
         fail(["no backend can win: no row is ok, timed and without flags"], NO_VERDICT)
     if style == "json":
         click.echo(pages.to_json(found))
+    elif style == "md":
+        click.echo(pages.markdown(found), nl=False)
     else:
         Console(highlight=False).print(pages.table(found))
 

@@ -20,8 +20,15 @@ FORMATS = ("html", "md", "csv", "json")
 @click.option("--format", "style", type=click.Choice(FORMATS), help="What to write.  [default: by the ending of --out, else md]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file instead of stdout.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Also write every figure here: NAME.png and NAME-dark.png.")
-@click.option("--baseline", metavar="BACKEND", help="What speed-ups are over.  [default: torch where it was timed, else the first backend]")
-def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: Path | None, baseline: str | None) -> None:
+@click.option(
+    "--baseline",
+    metavar="BACKEND",
+    help="What speed-ups are over.  [default: torch where it was timed, else what was at the most token counts]",
+)
+@click.option(
+    "--figures", type=click.IntRange(min=0), default=12, show_default=True, help="At most so many on an html page; --plots has no limit."
+)
+def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: Path | None, baseline: str | None, figures: int) -> None:
     """Report on run directories, merged; the newest under runs/ without an argument.
 
     An html report is one page that needs nothing else: no server, no network."""
@@ -42,7 +49,7 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
         if plots is not None:
             for path in _draw(loaded, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
-        text = _render(loaded, style, baseline)
+        text = _render(loaded, style, baseline, figures)
         if out is None:
             click.echo(text, nl=not text.endswith("\n"))
             return
@@ -52,11 +59,11 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
     click.echo(str(out))
 
 
-def _render(runs: list[Run], style: str, baseline: str | None) -> str:
+def _render(runs: list[Run], style: str, baseline: str | None, most_figures: int) -> str:
     if style == "html":
         from moebench.reports.page import page
 
-        return page(runs, baseline=baseline)
+        return page(runs, baseline=baseline, most_figures=most_figures)
     if style == "json":
         return json_rows.document(runs)
     return markdown.report(runs, baseline) if style == "md" else table_csv.rows(merge(runs))
