@@ -7,11 +7,16 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from moebench.backend import CannotBuild
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from moebench.backend import ActDtype, Experts
     from moebench.case import Case
+    from moebench.compiled import Compiled
     from moebench.device import Device
     from moebench.problem import Layer, Tokens
 
@@ -68,6 +73,13 @@ class TritonMxfp4Bf16:
             return launch.run(prepared, tokens)
 
         return experts
+
+    def compiled(self, arch: str) -> Iterator[Compiled]:
+        if find_spec("triton") is None:
+            raise CannotBuild("triton is not installed; pip install triton (Linux only)")
+        from moebench.kernels.triton_mxfp4_bf16_details.aot import compile_all
+
+        yield from compile_all(arch)
 
 
 BACKENDS = (TritonMxfp4Bf16(),)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # this module is imported where torch is not installed
     from torch import Tensor
 
     from moebench.case import Case
+    from moebench.compiled import Compiled
     from moebench.device import Device
     from moebench.problem import Layer, Tokens
 
@@ -92,4 +93,16 @@ class Prebuilds(Protocol):
 
         No archs: the only one it compiles for, or this machine's. No jobs: as many at once as the vendor takes. A dry run yields the
         states and compiles nothing. Raises CannotBuild or BuildFailed; closing the iterator stops the compilers."""
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """What a backend has besides, where its kernels can be compiled for a GPU that is not here."""
+
+    def compiled(self, arch: str) -> Iterator[Compiled]:
+        """Every kernel of every configuration that it ships for `arch`, such as "sm90", as its compiler here makes it; needs no GPU.
+
+        Called in a process of its own. Raises CannotBuild where this backend has nothing for the architecture or a tool is missing,
+        and BuildFailed where a kernel does not compile."""
         ...

@@ -16,6 +16,14 @@ class Tile:
     splits: int = 1  # of K, each by a program of its own
     raster: int = 1  # token tiles that share a band of weights
 
+    @property
+    def label(self) -> str:
+        """For people: 128 rows x 128 k, 8 warps, 3 stages."""
+        parts = [f"{64 * self.blocks} rows x {64 * self.steps} k, {self.warps} warps, {self.stages} stages"]
+        parts += [f"{self.splits} splits"] if self.splits > 1 else []
+        parts += [f"bands of {self.raster}"] if self.raster > 1 else []
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -158,7 +158,13 @@ def _row_tiles(rows: int, blocks: int) -> int:
     return -(-rows // (64 * blocks))
 
 
+def mode_of(sm: int) -> str:
+    """How weights are dequantized on such a GPU; multiplying pairs of bf16 came with sm90."""
+    return "ptx" if sm >= 90 else "ops"
+
+
 def _mode(device: torch.device) -> str:
     if INTERPRETED:
         return "interpreter"
-    return "ptx" if torch.cuda.get_device_capability(device) >= (9, 0) else "ops"
+    major, minor = torch.cuda.get_device_capability(device)
+    return mode_of(10 * major + minor)
