@@ -13,16 +13,16 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
-    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags", "cubin"},
+    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned"},
     {"routing", "device", "compiled"},
     {"record", "problem"},
     {"journal", "plan", "failure", "timeline", "rotation", "router"},
     {"backend", "child", "probe", "compare"},
     {"check", "timing", "trace", "roofline", "flags", "telemetry", "crossover", "gate"},
-    {"verdict", "gate_simulation"},
+    {"verdict", "gate_simulation", "tuning"},
     {"reference", "kernels", "reports", "registry", "machine", "simulated", "baselines"},
     {"trial", "capture", "prebuild", "compiling", "calibrate", "doctor", "profile", "soak", "api", "ab"},
-    {"worker", "selfcheck"},
+    {"worker", "selfcheck", "tune"},
     {"sweep"},
     {"commands"},
     {"cli"},
@@ -35,7 +35,7 @@ ONLY = {
     "sweep": {"case", "child", "device", "failure", "flags", "plan", "record", "telemetry"},  # the worker is a process to it
     "reports": {
         *("case", "compare", "compiled", "crossover", "device", "flags", "gate", "journal", "record", "reports", "roofline", "routing"),
-        *("serving_flags", "timeline", "verdict"),
+        *("serving_flags", "timeline", "tuning", "verdict"),
     },
     "worker": set(RANK) - {"kernels", "reports", "plan"},
     "gate": set(),  # numbers in, verdicts out
@@ -60,7 +60,7 @@ NEVER_TORCH = {
     ),
     *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
     *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
-    *("compiled", "cubin"),
+    *("compiled", "cubin", "tuned", "tuning"),
 }
 
 

@@ -5,7 +5,7 @@ Run it in a process in which triton was not imported to interpret."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -17,7 +17,7 @@ from triton.runtime import JITFunction
 from moebench.backend import BuildFailed, CannotBuild
 from moebench.compiled import Compiled
 from moebench.cubin import NoTool, read
-from moebench.kernels.triton_mxfp4_bf16_details.configs import CONFIGS, Config, Tile
+from moebench.kernels.triton_mxfp4_bf16_details.configs import Config, Configs, Tile, shipped
 from moebench.kernels.triton_mxfp4_bf16_details.gemm import down_kernel, gate_up_kernel
 from moebench.kernels.triton_mxfp4_bf16_details.launch import (
     ADD_COLUMNS,
@@ -60,7 +60,7 @@ class Variant:
 
     kernel: str
     config: str  # for people
-    constants: dict[str, object]
+    constants: dict[str, object] = field(hash=False)
     z: str  # type of z_ptr
     warps: int = 4
 
@@ -69,13 +69,16 @@ def compile_all(arch: str) -> Iterator[Compiled]:
     """For "sm90" and any other architecture that Triton compiles for."""
     if not arch.startswith("sm") or int(arch[2:]) < OLDEST:
         raise CannotBuild(f"needs bf16 tensor cores, sm{OLDEST} or later; {arch} has none")
-    for variant in variants(mode_of(int(arch[2:]))):
-        yield compile_one(variant, arch)
+    seen: set[Variant] = set()
+    for variant in variants(shipped(arch), mode_of(int(arch[2:]))):
+        if variant not in seen:  # regimes may share their tiles
+            yield compile_one(variant, arch)
+        seen.add(variant)
 
 
-def variants(mode: str) -> Iterator[Variant]:
+def variants(configs: Configs, mode: str) -> Iterator[Variant]:
     """Everything that `launch.run` can launch for a gpt-oss layer, and the GEMMs once more for scales above 2."""
-    for config in CONFIGS:
+    for config in configs:
         for dense in (False, True) if config.dense_up_to else (False,):
             for wide in (False, True):
                 yield from gemms(config, dense, wide, mode)

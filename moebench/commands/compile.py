@@ -52,7 +52,9 @@ def compile(backend: str, arch: str, out: Path | None, against: Path | None, log
     console = Console(stderr=as_json, highlight=False)
     rows: list[Compiled] = []
     kept: list[str] = []
-    cannot, failed, unwritten = [], [], []
+    cannot: list[str] = []
+    failed: list[str] = []
+    unwritten: list[str] = []
     request = {"backend": backend, "archs": ",".join(archs), "out": str(out.resolve()) if out else ""}
     with Halt(patient=True) as halt, spawn("moebench.compiling", request, DEADLINES_S, log) as child:
         for frame in child.frames(halt):
