@@ -54,8 +54,12 @@ def from_dict(row: object, where: str) -> Compiled:
 
 
 def worse(before: Iterable[Compiled], now: Iterable[Compiled]) -> Iterator[str]:
-    """A sentence for each kernel that lost by it, that is gone, or that is new; nothing where all is as it was or better."""
-    old, new = _by_key(before), _by_key(now)
+    """A sentence for each kernel that lost by it, that is gone, or that is new; nothing where all is as it was or better.
+
+    Only of architectures and compilers that both have: another machine has others."""
+    before, now = list(before), list(now)
+    both = {row.key[:2] for row in before} & {row.key[:2] for row in now}
+    old, new = ({row.key: row for row in rows if row.key[:2] in both} for rows in (before, now))
     for key, row in new.items():
         if key not in old:
             yield f"{_named(row)} is not in the stored numbers"
@@ -64,6 +68,12 @@ def worse(before: Iterable[Compiled], now: Iterable[Compiled]) -> Iterator[str]:
     for key, row in old.items():
         if key not in new:
             yield f"{_named(row)} is in the stored numbers and was not compiled"
+
+
+def unjudged(before: Iterable[Compiled], now: Iterable[Compiled]) -> list[str]:
+    """What was compiled now and has no stored numbers at all: sm120 by triton."""
+    known = {row.key[:2] for row in before}
+    return list(dict.fromkeys(f"{row.arch} by {row.key[1]}" for row in now if row.key[:2] not in known))
 
 
 def _reasons(old: Compiled, new: Compiled) -> Iterator[str]:
@@ -86,10 +96,6 @@ def _reasons(old: Compiled, new: Compiled) -> Iterator[str]:
 def kinds(tensor_cores: Mapping[str, int]) -> str:
     """8 HGMMA."""
     return ", ".join(f"{count} {name}" for name, count in tensor_cores.items()) or "none"
-
-
-def _by_key(rows: Iterable[Compiled]) -> dict[tuple[str, str, str, str], Compiled]:
-    return {row.key: row for row in rows}
 
 
 def _given(registers: int) -> int:

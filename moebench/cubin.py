@@ -41,6 +41,11 @@ def read(code: bytes) -> Reading:
         path.write_bytes(code)
         usage = _output(dump, "-res-usage", path)
         lines = instructions(_output(disassemble, "-c", path))
+    return summed(usage, lines)
+
+
+def summed(usage: str, lines: list[Line]) -> Reading:
+    """Of what cuobjdump says of one kernel's resources, and its instructions."""
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     loop = _main_loop(lines)
     kinds = Counter(_kind(operation) for _, operation in lines if _multiplies(operation))

@@ -13,11 +13,11 @@ from moebench import registry
 from moebench.case import did_you_mean
 from moebench.child import Halt, spawn
 from moebench.commands.outcome import OK, POINTS_FAILED, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
-from moebench.compiled import Compiled, from_dict, to_dict, worse
+from moebench.compiled import Compiled, from_dict, to_dict, unjudged, worse
 from moebench.compiling import COMPILE_S
 from moebench.plan import ARCHS
 from moebench.reports.compiled_kernels import compiled_tables
-from moebench.reports.text import clean, count
+from moebench.reports.text import clean, count, listed
 
 DEADLINES_S = {"compile": COMPILE_S, "interrupt": 0.0}
 
@@ -77,8 +77,10 @@ def compile(backend: str, arch: str, out: Path | None, against: Path | None, log
         console.print(clean(sentence), markup=False, soft_wrap=True)
     if out and rows:
         _say_kept(console, out, kept)
-    wanted = [row for row in stored or () if row.arch in archs]
-    problems = list(worse(wanted, rows)) if stored is not None else []
+    problems = list(worse(stored, rows)) if stored is not None else []
+    missing = unjudged(stored, rows) if stored is not None else []
+    if missing:
+        console.print(clean(f"no stored numbers for {listed(missing)}"), markup=False, soft_wrap=True)
     for problem in problems:
         console.print(clean(f"worse: {problem}"), markup=False, soft_wrap=True)
     code = STORAGE if unwritten else POINTS_FAILED if failed else USAGE if not rows else REGRESSION if problems else OK
