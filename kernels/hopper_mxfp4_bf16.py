@@ -59,7 +59,6 @@ class HopperMxfp4Bf16:
     def compiled(self, arch: str) -> Iterator[Compiled]:
         """By every compiler that is here, NVRTC and nvcc, since they differ; the backend itself uses NVRTC."""
         from moebench.kernels.hopper_mxfp4_bf16_details import aot
-        from moebench.kernels.hopper_mxfp4_bf16_details.compiler import cubin
 
         if arch != "sm90":
             raise CannotBuild(f"uses Hopper's warpgroup instructions, which only sm90 has; it is not for {arch}")
@@ -84,7 +83,6 @@ class HopperMxfp4Bf16:
                     shared_bytes=found.shared_bytes,
                     tensor_cores=found.mma_kinds,
                     loop_instructions_per_weight=found.loop_instructions_per_weight,
-                    cubin=cubin(variant_.defines).code if compiler == "nvrtc" else b"",  # nvcc's is not kept
                 )
 
 

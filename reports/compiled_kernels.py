@@ -21,14 +21,16 @@ def compiled_tables(rows: Sequence[Compiled]) -> Group:
 
 
 def _table(title: str, rows: Sequence[Compiled]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=Text(clean(title), style="bold"), title_justify="left")
-    table.add_column("kernel and configuration")
+    names = {row.kernel for row in rows}
+    alone = f", {names.pop()}" if len(names) == 1 else ""  # a name that all rows have is said once
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=Text(clean(title + alone), style="bold"), title_justify="left")
+    table.add_column("configuration" if alone else "kernel and configuration")
     for head in ("regis-\nters", "stack\nbytes", "spills\n(in loop)", "shared\nbytes", "tensor\ncores", "loop instr.\na weight"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         loop = row.loop_instructions_per_weight
         table.add_row(
-            Text(clean(f"{row.kernel}: {row.config}" if row.config else row.kernel)),
+            Text(clean(row.config if alone else ": ".join(filter(None, (row.kernel, row.config))))),
             str(row.registers),
             Text(str(row.stack_bytes), style="red" if row.stack_bytes else ""),
             Text(f"{row.spills} ({row.loop_spills})" if row.spills else "0", style="red" if row.spills else ""),
