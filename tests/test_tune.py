@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from moebench import tune as tune_process
+from moebench.case import case
+from moebench.device import Device
 from moebench.tuned import tuned_path
 from tests.running import FOUND_FIRST, moebench
 
@@ -136,8 +140,6 @@ def test_a_table_that_cannot_be_written_is_a_storage_error(acme, tmp_path):
 
 def test_our_triton_kernels_are_not_tuned_in_their_interpreter(tmp_path):
     pytest.importorskip("triton")
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which they would be tuned")
     done = moebench("tune", "triton_mxfp4_bf16", "--model", "tiny", "--tokens", "1", cwd=tmp_path, check=2, XDG_CACHE_HOME=str(tmp_path))
@@ -147,3 +149,56 @@ def test_our_triton_kernels_are_not_tuned_in_their_interpreter(tmp_path):
 def test_a_users_table_has_a_place_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuned_path("acme") == tmp_path / "moebench" / "tuned" / "acme.toml"
+
+
+class Recorded:
+    """A backend that keeps where its weights are and what it was asked to launch."""
+
+    name, act_dtype = "recorded", "bf16"
+
+    def __init__(self):
+        self.weights, self.launched = [], []
+
+    def prepare_choices(self, layer, max_num_tokens):
+        self.weights.append(layer.w13.codes)  # kept, so that no other copy gets its address
+        which = len(self.weights) - 1
+        return lambda choice: lambda batch: self.launched.append((which, choice, batch.num_tokens))
+
+
+def bench_on_a_gpu(monkeypatch, free_bytes):
+    """A bench whose device says that it is a GPU; its clock launches every call once."""
+    made = []
+
+    def stopwatch(calls, l2, flush_bytes):
+        made.append((len(calls), l2, flush_bytes))
+        for call in calls:
+            call()
+
+    monkeypatch.setattr(tune_process, "CudaStopwatch", stopwatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 1 << 34))
+    device = Device(arch="sm90", name="gpu", torch="cpu", memory_bytes=1 << 34, l2_bytes=1 << 20)
+    backend, said = Recorded(), []
+    bench = tune_process.DeviceBench(backend, case("tiny", 1), device, 64, lambda phase, choice: said.append((phase, choice)))
+    return bench, backend, made, said
+
+
+def test_on_a_gpu_each_choice_is_launched_on_every_weight_copy_in_turn(monkeypatch):
+    bench, backend, made, said = bench_on_a_gpu(monkeypatch, 1 << 33)
+    with bench.ready(64, ["a", "b"]) as watches:
+        assert list(watches) == ["a", "b"]
+    assert not watches
+    copies = len(backend.weights)
+    assert copies > 4  # 1 MB of weights, 5 times an L2 of 1 MB
+    assert len({weights.data_ptr() for weights in backend.weights}) == copies
+    assert made == [(copies, "cold", 0)] * 2
+    assert backend.launched == [(which, choice, 64) for choice in "ab" for which in range(copies)]
+    assert said[-3:] == [("time", "a"), ("time", "b"), ("time", "")]
+
+
+def test_without_memory_for_copies_the_l2_is_flushed_by_reading(monkeypatch):
+    bench, backend, made, _ = bench_on_a_gpu(monkeypatch, 0)
+    with bench.ready(64, ["a"]):
+        assert made == [(1, "cold", 256 << 20)]
+    assert len(backend.weights) == 1
