@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,8 +16,13 @@ from moebench.registry import RegistryError
 COMPILE_S = 1800.0  # deadline of the phase "compile", which begins anew with every kernel
 
 
+class Unwritten(Exception):
+    """A cubin that could not be kept; the message says where and why."""
+
+
 def main(pipe: BinaryIO) -> None:
-    """Frames: {"compiled": numbers, "cubin": path or ""}, {"cannot": sentence, "arch"}, {"failed": sentence, "arch"}."""
+    """Frames: {"compiled": numbers, "cubin": path or ""}, {"cannot": sentence, "arch"}, {"failed": sentence, "arch"},
+    {"unwritten": sentence, "arch"}."""
     request = take()
     name, archs = str(request["backend"]), str(request["archs"]).split(",")
     out = Path(str(request["out"])) if request["out"] else None
@@ -34,10 +40,11 @@ def main(pipe: BinaryIO) -> None:
             send(pipe, {"cannot": str(error), "arch": arch})
         except BuildFailed as error:
             send(pipe, {"failed": str(error), "arch": arch})
-        except OSError as error:
-            if out is None or error.filename is None:
-                raise
-            send(pipe, {"unwritten": f"{error.filename} cannot be written: {error.strerror}; give another --out", "arch": arch})
+        except Unwritten as error:
+            send(pipe, {"unwritten": str(error), "arch": arch})
+        except Exception as error:  # noqa: BLE001  a compiler may raise anything
+            traceback.print_exc()
+            send(pipe, {"failed": f"{type(error).__name__}: {error}", "arch": arch})
 
 
 def _pointer(name: str, prebuilds: bool) -> str:
@@ -55,8 +62,11 @@ def _keep(compiled: Compiled, out: Path) -> str:
     words = (compiled.kernel, compiled.config, compiled.compiler.partition(" ")[0])
     name = "-".join(filter(None, ("".join(c if c.isalnum() else "-" for c in word).strip("-") for word in words)))
     path = out / compiled.arch / f"{name[:200]}.cubin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(compiled.cubin)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(compiled.cubin)
+    except OSError as error:
+        raise Unwritten(f"{path} cannot be written: {error.strerror}; give another --out") from error
     return str(path)
 
 

@@ -21,6 +21,8 @@ class Acme:
     def compiled(self, arch):
         if arch == "sm100":
             raise CannotBuild("is written for sm90")
+        if arch == "sm80":
+            raise OSError(2, "no such file", "acmecc")
         if arch == "sm120":
             raise BuildFailed("gemm (wide): ptxas error: too much shared data")
         assert "TRITON_INTERPRET" not in os.environ
@@ -92,6 +94,7 @@ def test_a_kernel_that_does_not_compile_is_said_and_the_rest_is_shown(acme, tmp_
         (("torch",), 2, "these have: hopper_mxfp4_bf16, triton_mxfp4_bf16"),
         (("acme", "--arch", "sm900"), 2, "did you mean 'sm90'?"),
         (("acne",), 2, "did you mean 'acme'?"),
+        (("acme", "--arch", "sm80", "--out", "x"), 3, "sm80: FileNotFoundError: [Errno 2] no such file: 'acmecc'"),
         (("acme", "--arch", "sm90", "--out", "file/x"), 5, "give another --out"),
         (("acme", "--against", "none.json"), 6, "none.json cannot be read"),
         (("acme", "--against", "file"), 6, "file: Expecting value"),
