@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from moebench.backend import CannotBuild
-from moebench.compiled import Compiled
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import MAX_TOKENS, MAX_TOP_K, SPLIT_ONCE_ABOVE, TILE_ROWS, Sizes, tier_of, variant
 
 if TYPE_CHECKING:
@@ -14,6 +12,7 @@ if TYPE_CHECKING:
 
     from moebench.backend import ActDtype, Experts
     from moebench.case import Case
+    from moebench.compiled import Compiled
     from moebench.device import Device
     from moebench.problem import Layer
 
@@ -58,6 +57,8 @@ class HopperMxfp4Bf16:
 
     def compiled(self, arch: str) -> Iterator[Compiled]:
         """By every compiler that is here, NVRTC and nvcc, since they differ; the backend itself uses NVRTC."""
+        from moebench.backend import CannotBuild
+        from moebench.compiled import Compiled
         from moebench.kernels.hopper_mxfp4_bf16_details import aot
 
         if arch != "sm90":
