@@ -393,10 +393,11 @@ def test_a_process_without_triton_gets_the_interpreter_by_itself():
         "from moebench.problem import make_layer, make_tokens\n"
         "from moebench.kernels.triton_mxfp4_bf16 import BACKENDS\n"
         "c = case('tiny', 1)\n"
-        "print(tuple(BACKENDS[0].prepare(make_layer(c, 'cpu'), 1)(make_tokens(c, 'cpu')).shape))\n"
+        "experts = BACKENDS[0].prepare(make_layer(c, 'cpu'), 1)\n"
+        "print(tuple(experts(make_tokens(c, 'cpu')).shape), experts.facts)\n"
     )
     done = fresh_process(code)
-    assert done.stdout == "(1, 320)\n", done.stderr
+    assert done.stdout == "(1, 320) {'tiles': 'shipped'}\n", done.stderr
 
 
 def fresh_process(code):
