@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import MAX_TOP_K, TILE_ROWS, Sizes, tier_of, variant
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from moebench.backend import ActDtype, Experts
     from moebench.case import Case
+    from moebench.compiled import Compiled
     from moebench.device import Device
     from moebench.problem import Layer
 
@@ -47,6 +50,37 @@ class HopperMxfp4Bf16:
         from moebench.kernels.hopper_mxfp4_bf16_details import launch
 
         return launch.load(launch.prepare(layer, max_num_tokens))
+
+    def compiled(self, arch: str) -> Iterator[Compiled]:
+        """By every compiler that is here, NVRTC and nvcc, since they differ; the backend itself uses NVRTC."""
+        from moebench.backend import CannotBuild
+        from moebench.compiled import Compiled
+        from moebench.kernels.hopper_mxfp4_bf16_details import aot
+
+        if arch != "sm90":
+            raise CannotBuild(f"uses Hopper's warpgroup instructions, which only sm90 has; it is not for {arch}")
+        if aot.disassembler() is None:
+            raise CannotBuild("nvdisasm is not here, which reads what was compiled; a CUDA toolkit has it, and so has pip install triton")
+        if not aot.compilers():
+            raise CannotBuild(f"neither NVRTC nor nvcc is here; {INSTALL}")
+        for compiler in aot.compilers():
+            for variant_ in aot.variants():
+                found = aot.compile_one(variant_, compiler)
+                sizes = variant_.sizes
+                layer = f"{sizes.hidden} x {sizes.intermediate}, {sizes.local_experts} experts, up to {variant_.tier.max_tokens} tokens"
+                yield Compiled(
+                    kernel=self.name,
+                    config=layer + ("" if variant_.h_static else ", h by row") + (", outliers" if variant_.outliers else ""),
+                    arch=arch,
+                    compiler=compiler,
+                    registers=found.registers,
+                    stack_bytes=found.stack_bytes,
+                    spills=found.spill_instructions,
+                    loop_spills=found.loop_spill_instructions,
+                    shared_bytes=found.shared_bytes,
+                    tensor_cores=found.mma_kinds,
+                    loop_instructions_per_weight=found.loop_instructions_per_weight,
+                )
 
 
 def _installed(module: str) -> bool:

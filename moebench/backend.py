@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:  # this module is imported where torch is not installed
+    from pathlib import Path
+
     from torch import Tensor
 
     from moebench.case import Case
+    from moebench.compiled import Compiled
     from moebench.device import Device
     from moebench.problem import Layer, Tokens
 
@@ -92,4 +95,54 @@ class Prebuilds(Protocol):
 
         No archs: the only one it compiles for, or this machine's. No jobs: as many at once as the vendor takes. A dry run yields the
         states and compiles nothing. Raises CannotBuild or BuildFailed; closing the iterator stops the compilers."""
+        ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """What a backend has besides, where its kernels can be compiled for a GPU that is not here."""
+
+    def compiled(self, arch: str) -> Iterator[Compiled]:
+        """Every kernel of every configuration that it ships for `arch`, such as "sm90", as its compiler here makes it; needs no GPU.
+
+        Called in a process of its own. Raises CannotBuild where this backend has nothing for the architecture or a tool is missing,
+        and BuildFailed where a kernel does not compile."""
+        ...
+
+
+Choice = str  # one way to run a regime, in the words of its backend: shown to people, and given back to it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """Calls that run alike, and the choice that a backend's table makes for them."""
+
+    name: str  # "up to 64 pairs an expert"; unique within its table
+    tokens: tuple[int, ...]  # counts of the case that was asked about, by whose times choices are judged
+    choice: Choice
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """What a backend has besides, where `moebench tune` may rewrite the table that it chooses from."""
+
+    @property
+    def table_path(self) -> Path:
+        """The table that it ships; one that lies at `moebench.tuned.tuned_path(name)` it uses instead."""
+        ...
+
+    def regimes(self, case: Case, arch: str) -> Sequence[Regime]:
+        """Of the table that it would use now, those that calls of a layer like the case's fall into, whatever their token count."""
+        ...
+
+    def alternatives(self, choice: Choice, arch: str) -> Sequence[Choice]:
+        """What to try instead; asked again about each choice that was better."""
+        ...
+
+    def prepare_choices(self, layer: Layer, max_num_tokens: int) -> Callable[[Choice], Experts]:
+        """As `prepare`, once for all choices. The call of a choice compiles nothing more after it was made once for a token count."""
+        ...
+
+    def table(self, text: str, arch: str, chosen: Mapping[str, Choice]) -> str:
+        """The text of a table file for `arch` with the choice of each regime named, all else as in `text`, which may be empty."""
         ...

@@ -32,6 +32,8 @@ COMMANDS = {
         "doctor": "what stands in the way of measuring here",
         "selfcheck": "how far this machine's times can be trusted",
         "calibrate": "its roofs: how fast it copies, reads and multiplies",
+        "tune": "measure which tiles are fastest here, and keep them",
+        "compile": "what a compiler makes of our own kernels, without a GPU",
         "prebuild": "compile what a vendor library would at its first call",
         "fsck": "what is wrong with a run directory",
     },

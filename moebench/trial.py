@@ -57,7 +57,7 @@ class Copies:
 
     def take(self, count: int) -> list[Experts]:
         while len(self._experts) < count:
-            self._experts.append(self._backend.prepare(_cloned(self.layer), self._max_num_tokens))
+            self._experts.append(self._backend.prepare(cloned(self.layer), self._max_num_tokens))
         return self._experts[:count]
 
     def most(self) -> int:
@@ -358,6 +358,17 @@ def layer_bytes(layer: Layer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def cloned(layer: Layer) -> Layer:
+    """At addresses of its own."""
+
+    def copy(weights: Mxfp4) -> Mxfp4:
+        return replace(weights, codes=weights.codes.clone(), scales=weights.scales.clone())
+
+    b13 = layer.b13.clone() if layer.b13 is not None else None
+    b2 = layer.b2.clone() if layer.b2 is not None else None
+    return replace(layer, w13=copy(layer.w13), w2=copy(layer.w2), b13=b13, b2=b2)
+
+
 def canary_us(samples: int = 10) -> float:
     """The fastest of some copies of 256 MiB, which no kernel under test can change: about 127 us on an H200.
 
@@ -383,12 +394,3 @@ def sm_mhz() -> float | None:
         return float(rate)
     except (ImportError, RuntimeError):
         return None
-
-
-def _cloned(layer: Layer) -> Layer:
-    def copy(weights: Mxfp4) -> Mxfp4:
-        return replace(weights, codes=weights.codes.clone(), scales=weights.scales.clone())
-
-    b13 = layer.b13.clone() if layer.b13 is not None else None
-    b2 = layer.b2.clone() if layer.b2 is not None else None
-    return replace(layer, w13=copy(layer.w13), w2=copy(layer.w2), b13=b13, b2=b2)

@@ -13,16 +13,16 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
-    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags"},
-    {"routing", "device"},
+    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned"},
+    {"routing", "device", "compiled"},
     {"record", "problem"},
     {"journal", "plan", "failure", "timeline", "rotation", "router"},
     {"backend", "child", "probe", "compare"},
     {"check", "timing", "trace", "roofline", "flags", "telemetry", "crossover", "gate"},
-    {"verdict", "gate_simulation"},
+    {"verdict", "gate_simulation", "tuning"},
     {"reference", "kernels", "reports", "registry", "machine", "simulated", "baselines"},
-    {"trial", "capture", "prebuild", "calibrate", "doctor", "profile", "soak", "api", "ab"},
-    {"worker", "selfcheck", "gate_check"},
+    {"trial", "capture", "prebuild", "compiling", "calibrate", "doctor", "profile", "soak", "api", "ab"},
+    {"worker", "selfcheck", "gate_check", "tune"},
     {"sweep", "gate_worker"},
     {"commands"},
     {"cli"},
@@ -34,18 +34,33 @@ ONLY = {
     "plan": {"case", "record", "routing"},
     "sweep": {"case", "child", "device", "failure", "flags", "plan", "record", "telemetry"},  # the worker is a process to it
     "reports": {
-        *("case", "compare", "crossover", "device", "flags", "gate", "journal", "record", "reports", "roofline", "routing"),
-        *("serving_flags", "timeline", "verdict"),
+        *("case", "compare", "compiled", "crossover", "device", "flags", "gate", "journal", "record", "reports", "roofline", "routing"),
+        *("serving_flags", "timeline", "tuning", "verdict"),
     },
     "worker": set(RANK) - {"kernels", "reports", "plan"},
     "gate": set(),  # numbers in, verdicts out
     "policy_lookup": set(),  # a file that others copy
 }
 NEVER_TORCH = {
-    *("case", "routing", "record", "journal", "plan", "backend", "registry", "reports", "prebuild", "sweep", "commands", "cli", "__main__"),
+    *(
+        "case",
+        "routing",
+        "record",
+        "journal",
+        "plan",
+        "backend",
+        "registry",
+        "reports",
+        "prebuild",
+        "compiling",
+        "sweep",
+        "commands",
+        "cli",
+        "__main__",
+    ),
     *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
     *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
-    "gate_check",
+    *("gate_check", "compiled", "cubin", "tuned", "tuning"),
 }
 
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from moebench.kernels.triton_mxfp4_bf16_details.configs import CONFIGS, Config, choose
+from moebench.kernels.triton_mxfp4_bf16_details.configs import Config, Configs, choose, configs_for
 from moebench.kernels.triton_mxfp4_bf16_details.gemm import down_kernel, gate_up_kernel
 from moebench.kernels.triton_mxfp4_bf16_details.layout import Packed, pack
 from moebench.kernels.triton_mxfp4_bf16_details.route import add_slots, count_pairs, place_pairs, sort_pairs
@@ -49,11 +49,15 @@ class Prepared:
     alpha: float
     beta: float
     limit: float | None
+    configs: Configs
+    configs_from: str  # "shipped", or the file
     mode: str  # "ptx" from sm90 on, "ops" before, "interpreter" on a CPU
 
 
 def prepare(layer: Layer) -> Prepared:
     """Copy the weights into our layout; the layer itself is not kept."""
+    sm = _sm(layer.w13.codes.device)
+    chosen = configs_for(f"sm{sm}")
     return Prepared(
         w13=pack(layer.w13, interleaved=True),
         w2=pack(layer.w2, interleaved=False),
@@ -67,7 +71,9 @@ def prepare(layer: Layer) -> Prepared:
         alpha=layer.swiglu.alpha,
         beta=layer.swiglu.beta,
         limit=layer.swiglu.limit,
-        mode=_mode(layer.w13.codes.device),
+        configs=chosen.configs,
+        configs_from=chosen.source,
+        mode=mode_of(sm) if sm else "interpreter",
     )
 
 
@@ -81,7 +87,7 @@ def run(layer: Prepared, tokens: Tokens, config: Config | None = None, *, only_c
     out = torch.empty(num_tokens, layer.hidden_size, dtype=torch.bfloat16, device=x.device)
     if num_tokens == 0:
         return out
-    config = config or choose(num_pairs, layer.num_experts)
+    config = config or choose(layer.configs, num_pairs, layer.num_experts)
     dense = num_tokens <= min(config.dense_up_to, config.tokens, DENSE_TOKENS)
     num_tiles = num_pairs if dense else most_tiles(num_pairs, layer.num_local_experts, config.tokens)
     num_rows = num_pairs * config.tokens if dense else num_pairs
@@ -126,7 +132,7 @@ def warm_up(layer: Prepared, max_num_tokens: int) -> None:
 
     batches: list[tuple[int, Config | None]] = []
     from_pairs = 0.0
-    for config in CONFIGS:
+    for config in layer.configs:
         if max_num_tokens * MAX_TOP_K > from_pairs:
             batches += [(num_tokens, config) for num_tokens in (1, config.dense_up_to + 1)]  # without and with sorting
         from_pairs = config.up_to * layer.num_experts
@@ -187,7 +193,14 @@ def _row_tiles(rows: int, blocks: int) -> int:
     return -(-rows // (64 * blocks))
 
 
-def _mode(device: torch.device) -> str:
+def mode_of(sm: int) -> str:
+    """How weights are dequantized on such a GPU; multiplying pairs of bf16 came with sm90."""
+    return "ptx" if sm >= 90 else "ops"
+
+
+def _sm(device: torch.device) -> int:
+    """90 for sm90; 0 where Triton interprets."""
     if INTERPRETED:
-        return "interpreter"
-    return "ptx" if torch.cuda.get_device_capability(device) >= (9, 0) else "ops"
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

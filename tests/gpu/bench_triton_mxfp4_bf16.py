@@ -13,13 +13,14 @@ from dataclasses import replace
 import torch
 
 from moebench.kernels.triton_mxfp4_bf16_details import launch
-from moebench.kernels.triton_mxfp4_bf16_details.configs import CONFIGS, Config, Tile, choose
+from moebench.kernels.triton_mxfp4_bf16_details.configs import Tile, choose, shipped
 from moebench.kernels.triton_mxfp4_bf16_details.layout import Packed
 from moebench.mx import Mxfp4, dequantize_mxfp4
 from moebench.problem import Layer, Swiglu, Tokens
 
 HIDDEN = INTERMEDIATE = 2880
 EXPERTS, TOP_K = 32, 4
+CONFIGS = shipped("sm90")
 TARGETS_US = {1: 136, 64: 342, 1024: 881, 8192: 5336}  # 1.5 times OpenAI's triton_kernels on the same machine
 DEVICE = "cuda"
 
@@ -191,7 +192,7 @@ def rasters(tiles, values):
 
 def candidates():
     """(num_tokens, base configuration, tiles to try in it)."""
-    decode, low, middle, large = (replace(c, dense_up_to=16) if c.tokens == 16 else c for c in CONFIGS)
+    decode, low, middle, large, _ = (replace(c, dense_up_to=16) if c.tokens == 16 else c for c in CONFIGS)
     split = [replace(t, splits=s) for t in (tile(1, 4, 4), tile(2, 4, 3), tile(1, 4, 3, 4)) for s in (2, 3, 4)]
     yield 1, decode, DECODE, DECODE + split
     yield 8, decode, DECODE, DECODE + split
@@ -229,7 +230,8 @@ def blank_layer():
     bias = torch.zeros(EXPERTS, 2 * INTERMEDIATE, device=DEVICE).bfloat16()
     return launch.Prepared(
         w13=packed(2 * INTERMEDIATE), w2=packed(HIDDEN), b13=bias, b2=bias, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
-        num_experts=EXPERTS, num_local_experts=EXPERTS, first_expert=0, alpha=1.702, beta=1.0, limit=7.0, mode="ptx",
+        num_experts=EXPERTS, num_local_experts=EXPERTS, first_expert=0, alpha=1.702, beta=1.0, limit=7.0,
+        mode="ptx", configs=CONFIGS, configs_from="shipped",
     )  # fmt: skip
 
 
@@ -341,8 +343,7 @@ def main():
     launch.warm_up(prepared, 8192)
     torch.cuda.synchronize()
     say(f"prepared and warm after {time.time() - begin:.0f} s")
-    say("config of 256 pairs:", choose(256, EXPERTS).tokens, "tokens a tile;", "of 32768:", choose(32768, EXPERTS).tokens)
-    assert isinstance(CONFIGS[0], Config)
+    say("config of 256 pairs:", choose(CONFIGS, 256, EXPERTS).tokens, "tokens a tile;", "of 32768:", choose(CONFIGS, 32768, EXPERTS).tokens)
     if "--no-check" not in sys.argv:
         check_all(layer, prepared)
     say(f"checked after {time.time() - begin:.0f} s")
