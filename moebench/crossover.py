@@ -161,7 +161,7 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     for (num_tokens, backend), rows in points.items():
         by_rank: dict[tuple[int, int], list[Record]] = defaultdict(list)
         for record in rows:
-            if usable(record) and not record.flags:
+            if usable(record) and (not record.flags or _only_power_capped(record)):
                 by_rank[record.case.tp_rank, record.case.ep_rank].append(record)
         if reason := _why_not(rows, len(by_rank), num_ranks):
             excluded.append(Excluded(backend=backend, num_tokens=num_tokens, reason=reason))
@@ -169,6 +169,15 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
         slowest = max(map(rounds_of, by_rank.values()), key=lambda rounds: rounds.center_us)
         entries[num_tokens].append(_Entry(backend=backend, slowest=slowest))
     return entries, excluded, num_ranks
+
+
+def _only_power_capped(record: Record) -> bool:
+    """Whether the card lowered its clock to keep its power limit, and nothing else is in doubt. From some size on every backend runs into
+    that limit, the sooner the faster it is: without such rows the slowest backend would be left as the winner."""
+    seen = record.telemetry
+    if record.flags.keys() != {"throttled"} or seen is None or not seen.reasons.get("sw_power_cap"):
+        return False
+    return not any(share for name, share in seen.reasons.items() if name not in ("sw_power_cap", "gpu_idle", "user_clocks"))
 
 
 def _why_not(rows: Sequence[Record], num_able: int, num_ranks: int) -> str:

@@ -17,6 +17,7 @@ from moebench.crossover import crossovers
 from moebench.policy_lookup import backend_for
 from moebench.registry import names
 from moebench.reports import policy as pages
+from tests.full_records import TELEMETRY
 from tests.made_runs import rounds, timed, untimed, write_run
 
 SCHEMA = json.loads(files("moebench").joinpath("policy.schema.json").read_text())
@@ -96,6 +97,17 @@ def test_what_is_flagged_or_not_ok_cannot_win(loser, reason):
     assert ranges(table) == [(1, 1, "a")]
     assert [(row.backend, row.num_tokens, row.reason) for row in table.excluded] == [("b", 1, reason)]
     assert (f"cannot win: b at 1: {reason}" in screen([table])) == (reason != "skipped")
+
+
+def test_a_row_that_only_ran_into_the_power_limit_can_win():
+    seen = TELEMETRY
+    capped = replace(seen, reasons={"sw_power_cap": 1.0})
+    flags = {"throttled": "SM clock 1830 to 1950 MHz of 1980; sw_power_cap active"}
+    (table,) = crossovers([timed("a", 1, 10.0), timed("b", 1, 5.0, record={"flags": flags, "telemetry": capped})])
+    assert ranges(table) == [(1, 1, "b")]
+    hot = replace(seen, reasons={"sw_power_cap": 1.0, "hw_thermal": 0.2})
+    (table,) = crossovers([timed("a", 1, 10.0), timed("b", 1, 5.0, record={"flags": flags, "telemetry": hot})])
+    assert ranges(table) == [(1, 1, "a")]
 
 
 def test_one_wrong_round_is_enough_and_a_flagged_round_is_left_out():
