@@ -64,13 +64,11 @@ class HopperMxfp4Bf16:
         if not aot.compilers():
             raise CannotBuild(f"neither NVRTC nor nvcc is here; {INSTALL}")
         for compiler in aot.compilers():
-            for variant_ in aot.variants():
+            for variant_ in aot.all_variants():
                 found = aot.compile_one(variant_, compiler)
-                sizes = variant_.sizes
-                layer = f"{sizes.hidden} x {sizes.intermediate}, {sizes.local_experts} experts, up to {variant_.tier.max_tokens} tokens"
                 yield Compiled(
                     kernel=self.name,
-                    config=layer + ("" if variant_.h_static else ", h by row") + (", outliers" if variant_.outliers else ""),
+                    config=variant_.label,
                     arch=arch,
                     compiler=compiler,
                     registers=found.registers,
@@ -80,6 +78,7 @@ class HopperMxfp4Bf16:
                     shared_bytes=found.shared_bytes,
                     tensor_cores=found.mma_kinds,
                     loop_instructions_per_weight=found.loop_instructions_per_weight,
+                    cubin=found.cubin,
                 )
 
 

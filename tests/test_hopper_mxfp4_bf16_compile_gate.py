@@ -2,7 +2,7 @@
 
 import pytest
 
-from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, variants
+from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, prefill_variants, variants
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import SHARED_BYTES
 
 if not compilers():
@@ -44,3 +44,33 @@ def test_main_loops_stay_as_short_as_they_are(compiled):
     for kernel in compiled:
         narrow = kernel.variant.sizes.stage.columns < 320  # the same waits for fewer weights
         assert 1.5 < kernel.loop_instructions_per_weight < (2.6 if narrow else LOOP_LIMIT), kernel
+
+
+# --- prefill.cu
+
+LAUNCHED_REGISTERS = 168  # 65536 over 384 threads; consumers take 232 of their own once they run
+PREFILL_LOOP_LIMIT = {"bf16": 3.2, "e4m3 pair": 2.0}
+PREFILL_WAITS = {"bf16": 4, "e4m3 pair": 4}  # units of a chunk; for each e4m3 unit one of two waits runs
+
+
+@pytest.fixture(scope="module", params=compilers())
+def compiled_prefill(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))
+        return [compile_one(variant, request.param) for variant in prefill_variants()]
+
+
+def test_no_main_loop_of_prefill_spills_or_waits_for_single_products(compiled_prefill):
+    """Where ptxas finds too few registers, or cannot see that no fragment in use is written, it waits after every product."""
+    for kernel in compiled_prefill:
+        assert kernel.registers <= LAUNCHED_REGISTERS, kernel.variant
+        assert kernel.loop_spill_instructions == 0, kernel.variant
+        assert 1 <= kernel.waits <= PREFILL_WAITS[kernel.variant.format.name], kernel.variant
+        assert kernel.shared_bytes <= SHARED_BYTES, kernel.variant
+
+
+def test_products_of_prefill_are_of_its_format_and_its_main_loops_stay_short(compiled_prefill):
+    for kernel in compiled_prefill:
+        used = kernel.variant.format
+        assert kernel.mma_kinds == ({"HGMMA": 24} if used.bf16 else {"QGMMA": 12}), kernel.variant
+        assert 1.5 < kernel.loop_instructions_per_weight < PREFILL_LOOP_LIMIT[used.name], kernel.variant

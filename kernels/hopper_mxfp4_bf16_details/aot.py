@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from moebench.kernels.hopper_mxfp4_bf16_details import prefill
 from moebench.kernels.hopper_mxfp4_bf16_details.compiler import SOURCES, cubin, options
 from moebench.kernels.hopper_mxfp4_bf16_details.launch import SOURCE
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import TIERS, Sizes, Variant, variant
@@ -25,8 +26,9 @@ _LOCAL = re.compile(r"(LDL|STL)\b")
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    variant: Variant
+    variant: Variant | prefill.Variant
     compiler: str
+    cubin: bytes
     registers: int  # per thread
     stack_bytes: int  # per thread
     spill_instructions: int  # loads and stores of local memory, each counted once
@@ -68,27 +70,44 @@ def variants() -> Iterator[Variant]:
     yield _variant(Sizes(hidden=2880, intermediate=736, num_experts=32, local_experts=32), 64, h_static=True, outliers=False)
 
 
-def compile_one(wanted: Variant, compiler: str) -> Compiled:
+def prefill_variants() -> Iterator[prefill.Variant]:
+    """Of gpt-oss-20b, the columns between which the others lie."""
+    for used, counts in ((prefill.BF16, (64, 80, 128)), (prefill.E4M3_PAIR, (32, 64, 96))):
+        for columns in counts:
+            yield prefill.Variant(sizes=GPT_OSS_20B, format=used, columns=columns, outliers=False)
+
+
+def all_variants() -> Iterator[Variant | prefill.Variant]:
+    yield from variants()
+    yield from prefill_variants()
+
+
+def compile_one(wanted: Variant | prefill.Variant, compiler: str) -> Compiled:
     tool = disassembler()
     assert tool is not None
+    many = isinstance(wanted, prefill.Variant)
+    source = prefill.SOURCE if many else SOURCE
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         if compiler == "nvrtc":
-            path.write_bytes(cubin(SOURCE, wanted.defines).code)
+            path.write_bytes(cubin(source, wanted.defines).code)
         else:
             arch = "-gencode=arch=compute_90a,code=sm_90a"  # -arch=sm_90a makes nvcc 13.0 compile for sm_90 first
             given = [option for option in options(wanted.defines) if not option.startswith("-arch")]
-            subprocess.run(["nvcc", "-cubin", "-O3", arch, *given, f"-I{SOURCES}", str(SOURCES / SOURCE), "-o", str(path)], check=True)
+            subprocess.run(["nvcc", "-cubin", "-O3", arch, *given, f"-I{SOURCES}", str(SOURCES / source), "-o", str(path)], check=True)
+        code = path.read_bytes()
         sass = _output(tool, "-c", str(path))
         usage = _output(str(Path(tool).with_name("cuobjdump")), "-res-usage", str(path))
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.partition("hopper_mxfp4_bf16")[2]))
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.partition("Function hopper_mxfp4_")[2].partition("Function ")[0]))
     lines = _instructions(sass)
     loop = _main_loop(lines)
     operations = Counter(operation.partition(".")[0] for _, operation in lines)
-    threads_of_a_stage, weights_of_a_stage = 128, 64 * wanted.sizes.stage.columns
+    # a turn of moe.cu's loop is a stage of one tile, of prefill.cu's a chunk of 128 columns of two; of 128 threads either way
+    weights_of_a_turn = 64 * 2 * 128 if many else 64 * wanted.sizes.stage.columns
     return Compiled(
         variant=wanted,
         compiler=compiler,
+        cubin=code,
         registers=int(numbers["REG"]),
         stack_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
         spill_instructions=sum(1 for _, operation in lines if _LOCAL.match(operation)),
@@ -96,7 +115,7 @@ def compile_one(wanted: Variant, compiler: str) -> Compiled:
         shared_bytes=wanted.shared_bytes,
         mma_kinds={name: count for name, count in sorted(operations.items()) if name.endswith("MMA")},
         waits=sum(1 for _, operation in loop if operation.startswith("WARPGROUP.DEPBAR")),
-        loop_instructions_per_weight=len(loop) * threads_of_a_stage / weights_of_a_stage,
+        loop_instructions_per_weight=len(loop) * 128 / weights_of_a_turn,
     )
 
 
@@ -108,7 +127,7 @@ def _variant(sizes: Sizes, tokens: int, *, h_static: bool, outliers: bool) -> Va
 
 
 def _main_loop(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The shortest loop that multiplies on tensor cores: one stage."""
+    """The shortest loop that multiplies on tensor cores."""
     starts = {label: i for i, (label, _) in enumerate(lines) if label}
     loops = []
     for end, (_, operation) in enumerate(lines):

@@ -72,6 +72,11 @@ class Variant:
     outliers: bool
 
     @property
+    def label(self) -> str:
+        layer = f"{self.sizes.hidden} x {self.sizes.intermediate}, {self.format.name}, {self.columns} columns"
+        return layer + (", outliers" if self.outliers else "")
+
+    @property
     def line_bytes(self) -> int:
         """128 bytes of each column's row."""
         return 128 * self.columns

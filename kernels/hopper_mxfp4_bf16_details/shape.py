@@ -119,6 +119,11 @@ class Variant:
     outliers: bool
 
     @property
+    def label(self) -> str:
+        layer = f"{self.sizes.hidden} x {self.sizes.intermediate}, {self.sizes.local_experts} experts, up to {self.tier.max_tokens} tokens"
+        return layer + ("" if self.h_static else ", h by row") + (", outliers" if self.outliers else "")
+
+    @property
     def pass_tokens(self) -> int:
         return self.columns // 2
 
