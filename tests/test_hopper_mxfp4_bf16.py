@@ -256,6 +256,15 @@ def test_the_layout_does_not_depend_on_the_batch():
     assert [(many.max_tokens, many.format.name) for many in large.many] == [(80, "e4m3 pair"), (300, "bf16")]
 
 
+def test_a_gpu_with_fewer_multiprocessors_than_tokens_gets_the_other_kernel():
+    """gpt-oss-120b has moe.cu up to 128 tokens, and an H100 PCIe has 114 multiprocessors."""
+    layer = make_layer(case("tiny", 1, num_experts=64), "cpu")
+    prepared = launch.prepare(layer, 128)
+    assert prepared.layer.sizes.few_up_to == 128
+    assert [v.tier.max_tokens for v in prepared.variants] == [2, 8, 32, 64, 128]
+    assert [(many.max_tokens, many.format.name) for many in prepared.many] == [(128, "e4m3 pair")]
+
+
 def test_the_regimes_of_both_models_are_those_that_were_measured():
     assert (GPT_OSS_20B.few_up_to, GPT_OSS_20B.pair_up_to) == (64, 320)
     assert (GPT_OSS_120B.few_up_to, GPT_OSS_120B.pair_up_to) == (128, 1280)

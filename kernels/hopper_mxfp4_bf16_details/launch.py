@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moebench.problem import Layer, Tokens
 
 SOURCE = "moe.cu"
+SURE_BLOCKS = 64  # every sm90 GPU has more multiprocessors; moe.cu wants one for each token, and above so many prefill.cu stands by
 KERNEL = b"hopper_mxfp4_bf16"
 
 
@@ -127,7 +128,7 @@ def prepare(layer: Layer, max_num_tokens: int) -> Prepared:
             raise ValueError(f"hidden_size={sizes.hidden}, intermediate_size={sizes.intermediate} need more shared memory than a block has")
         variants.append(found)
     formats = [(sizes.pair_up_to, prefill.E4M3_PAIR)] if bounded else []
-    many, before = [], sizes.few_up_to
+    many, before = [], min(sizes.few_up_to, SURE_BLOCKS)
     for up_to, used in (*formats, (max_num_tokens, prefill.BF16)):
         if before < max_num_tokens and before < up_to:
             before = min(up_to, max_num_tokens)
