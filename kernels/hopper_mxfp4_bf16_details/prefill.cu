@@ -12,12 +12,13 @@
 // started, whatever else the GPU does, and no launch is too large.
 //
 // Who does what, in an item of the middle kinds
-//   warps 8        takes the next items, and copies their weights into a ring of stages for each warpgroup
+//   warp 8         takes the next items, and copies their weights into a ring of stages for each warpgroup
 //   warps 9 to 11  gather the pass's rows of activations, a line of 128 bytes of each at a time, into a ring of lines
 //   warps 0 to 7   two warpgroups of two tiles each: expand codes in registers while the tensor cores multiply the ones before
 //
 // Arithmetic. BF16: activations as they are, a weight's code times its block's scale as a bf16 number, sums in fp32. If not BF16, as in moe.cu:
-// weights and activations are e4m3, and where PARTS is 2 a row of activations is two columns of the product, high and low / 16.
+// weights and activations are e4m3, and where PARTS is 2 a row of activations is two columns of the product, high and low / 16. Their
+// sums stay in the tensor cores' 14 bits over all columns of W.
 //
 // Words as in moe.cu, and
 //   pass      up to PASS_TOKENS pairs of one expert, the columns of one product. Experts with more are cut into equal parts.
