@@ -131,7 +131,8 @@ __device__ __forceinline__ float e2m1_value(int code) {
 __device__ __forceinline__ float swiglu(float gate, float up, float alpha, float beta, float limit) {
   gate = least(gate, limit);
   up = largest(least(up, limit), -limit);
-  return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + beta);
+  constexpr float LOG2_E = 1.44269504f;
+  return gate * inverse_fast(1.0f + exp2_fast(gate * (-LOG2_E * alpha))) * (up + beta);
 }
 
 // ---- codes

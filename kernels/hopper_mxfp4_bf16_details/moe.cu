@@ -514,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
           mma_begin();
 #pragma unroll
           for (int i = 0; i < STAGE_MMAS; i++)  // the first one ignores what is in d
-            mma(d, fragments[i], descriptor(b + (i >> 2) * (LINE_BYTES / 16) + (i & 3) * 2), i > 0);
+            mma(d, fragments[i], b + (i >> 2) * (LINE_BYTES / 16) + (i & 3) * 2, i > 0);
           mma_commit();
           if (sequence + s + WARPGROUPS < sequence_end) {  // the next stage's loads fly while the tensor cores work
             take_stage(stage, state, ring, sequence + s + WARPGROUPS, place, lane);

@@ -138,6 +138,30 @@ __device__ __forceinline__ int tiles_of(const Work& work) {
 
 // ---- the first item: sort
 
+constexpr int SORTED_AT_ONCE = 8;  // times 32 pairs of a warp
+
+// Local experts of this lane's pairs from `first` on, -1 for others.
+__device__ __forceinline__ void take_experts(int (&expert)[SORTED_AT_ONCE], const Arguments& args, int first, int end) {
+#pragma unroll
+  for (int i = 0; i < SORTED_AT_ONCE; i++) {
+    const int pair = first + 32 * i + (threadIdx.x & 31), local = pair < end ? __ldg(args.ids + pair) - args.first_expert : -1;
+    expert[i] = local >= 0 && local < args.experts ? local : -1;
+  }
+}
+
+// Lanes that have the same expert as this one, bit by bit: all ballots of a bit are under way together, where each match.any takes some 200 cycles.
+__device__ __forceinline__ void lanes_with(u32 (&same)[SORTED_AT_ONCE], const int (&expert)[SORTED_AT_ONCE], int experts) {
+#pragma unroll
+  for (int i = 0; i < SORTED_AT_ONCE; i++) same[i] = ALL_LANES;
+#pragma unroll 1
+  for (int bit = 0; experts >> bit; bit++)  // one bit more than the last expert has, so that -1 differs
+#pragma unroll
+    for (int i = 0; i < SORTED_AT_ONCE; i++) {
+      const u32 is_set = expert[i] >> bit & 1, set = __ballot_sync(ALL_LANES, is_set);
+      same[i] &= is_set ? set : ~set;
+    }
+}
+
 // Every warp counts, then places, a stretch of the pairs, so that the list is in the order of the pairs within an expert.
 __device__ __noinline__ void route(const Arguments& args) {
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
@@ -149,20 +173,18 @@ __device__ __noinline__ void route(const Arguments& args) {
   const Routing routing = routing_of(args);
   for (int i = thread; i < WARPS * experts; i += THREADS) ((int*)shared_memory)[i] = 0;
   __syncthreads();
-  constexpr int AT_ONCE = 4;  // loads under way
-  auto expert_at = [&](int pair) {
-    int local = pair < end ? __ldg(args.ids + pair) - args.first_expert : -1;
-    return local >= 0 && local < experts ? local : -1;
-  };
-  for (int first = begin; first < end; first += 32 * AT_ONCE) {
-    int expert[AT_ONCE];
+  int expert[SORTED_AT_ONCE];
+  u32 same[SORTED_AT_ONCE];
+  take_experts(expert, args, begin, end);
+  for (int first = begin; first < end; first += 32 * SORTED_AT_ONCE) {
+    int next[SORTED_AT_ONCE];
+    take_experts(next, args, first + 32 * SORTED_AT_ONCE, end);
+    lanes_with(same, expert, experts);
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) expert[i] = expert_at(first + 32 * i + lane);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      u32 same = __match_any_sync(ALL_LANES, expert[i]);
-      if (expert[i] >= 0 && (same & ((1u << lane) - 1)) == 0) own_count[expert[i]] += __popc(same);
+    for (int i = 0; i < SORTED_AT_ONCE; i++) {
+      if (expert[i] >= 0 && (same[i] & ((1u << lane) - 1)) == 0) own_count[expert[i]] += __popc(same[i]);
       __syncwarp();
+      expert[i] = next[i];
     }
   }
   __syncthreads();
@@ -200,30 +222,31 @@ __device__ __noinline__ void route(const Arguments& args) {
     }
   }
   __syncthreads();
-  for (int expert = thread; expert < experts; expert += THREADS) {
-    int at = total[expert];
+  for (int e = thread; e < experts; e += THREADS) {
+    int at = total[e];
     for (int w = 0; w < WARPS; w++) {
-      int& place = ((int*)shared_memory)[w * experts + expert];
+      int& place = ((int*)shared_memory)[w * experts + e];
       int own = place;
       place = at;
       at += own;
     }
   }
   __syncthreads();
-  for (int first = begin; first < end; first += 32 * AT_ONCE) {
-    int expert[AT_ONCE];
+  take_experts(expert, args, begin, end);
+  for (int first = begin; first < end; first += 32 * SORTED_AT_ONCE) {
+    int next[SORTED_AT_ONCE];
+    take_experts(next, args, first + 32 * SORTED_AT_ONCE, end);
+    lanes_with(same, expert, experts);
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) expert[i] = expert_at(first + 32 * i + lane);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      u32 same = __match_any_sync(ALL_LANES, expert[i]);
-      int before = __popc(same & ((1u << lane) - 1)), at = expert[i] >= 0 ? own_count[expert[i]] : 0;
+    for (int i = 0; i < SORTED_AT_ONCE; i++) {
+      const int before = __popc(same[i] & ((1u << lane) - 1)), at = expert[i] >= 0 ? own_count[expert[i]] : 0;
       __syncwarp();
       if (expert[i] >= 0) {
         args.list[at + before] = first + 32 * i + lane;
-        if (before == 0) own_count[expert[i]] = at + __popc(same);
+        if (before == 0) own_count[expert[i]] = at + __popc(same[i]);
       }
       __syncwarp();
+      expert[i] = next[i];
     }
   }
   __syncthreads();
@@ -430,27 +453,40 @@ struct Codes {
   uint4 bf16[2];
 };
 
-template <bool IS_HALF>
-__device__ __forceinline__ void take_codes(Codes& codes, const State& state, const u8* stage, int chunk, int place) {
-  u32 scales;
-  if (IS_HALF) {
-    uint4 plane = ((const uint4*)stage)[2 * STAGE_CHUNKS * 128 + place];
-    codes.words[0][0] = plane.x;
-    codes.words[0][1] = plane.y;
-    codes.words[1][0] = plane.z;
-    codes.words[1][1] = plane.w;
-    scales = *(const u16*)(stage + CODE_BYTES + CHUNK_SCALE_BYTES + (place >> 1) * 2);
-  } else {
+// Scale bytes of a thread in a stage of one tile: two of each chunk, of the rows' halves.
+struct Scales {
+  u32 chunks, half;
+};
+
+__device__ __forceinline__ void take_scales(Scales (&scales)[WARPGROUP_TILES], const u8* stage, int place) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint4 plane = ((const uint4*)stage)[(2 * chunk + half) * 128 + place];
-      codes.words[half][0] = plane.x;
-      codes.words[half][1] = plane.y;
-      codes.words[half][2] = plane.z;
-      codes.words[half][3] = plane.w;
-    }
-    scales = *(const u16*)(stage + CODE_BYTES + place * 2 * STAGE_CHUNKS + 2 * chunk);
+  for (int r = 0; r < WARPGROUP_TILES; r++) {
+    const u8* const from = stage + r * STAGE_BYTES + CODE_BYTES;
+    scales[r].chunks = STAGE_CHUNKS == 2 ? *(const u32*)(from + place * 4) : *(const u16*)(from + place * 2);
+    if (STAGE_HALF) scales[r].half = *(const u16*)(from + CHUNK_SCALE_BYTES + (place >> 1) * 2);
   }
+}
+
+template <int CHUNK>
+__device__ __forceinline__ void take_codes(Codes& codes, const Scales& of_stage, const State& state, const u8* tile, int place) {
+  constexpr bool IS_HALF = CHUNK == STAGE_CHUNKS;
+  const uint4* const planes = (const uint4*)tile + 2 * CHUNK * 128 + place;
+  const uint4 first = planes[0];
+  codes.words[0][0] = first.x;
+  codes.words[0][1] = first.y;
+  if (IS_HALF) {
+    codes.words[1][0] = first.z;
+    codes.words[1][1] = first.w;
+  } else {
+    const uint4 second = planes[128];
+    codes.words[0][2] = first.z;
+    codes.words[0][3] = first.w;
+    codes.words[1][0] = second.x;
+    codes.words[1][1] = second.y;
+    codes.words[1][2] = second.z;
+    codes.words[1][3] = second.w;
+  }
+  const u32 scales = IS_HALF ? of_stage.half : of_stage.chunks >> (16 * CHUNK % 32);
   if (BF16) {
     codes.bf16[0] = state.bf16_table[scales & 15];
     codes.bf16[1] = state.bf16_table[(scales >> 8) & 15];  // a tile that is not there has any byte
@@ -471,10 +507,6 @@ __device__ __forceinline__ void expand_bf16(u32 word, uint4 table, u32& first01,
   last01 = permute_bytes(low, high, 0x5140);
   last23 = permute_bytes(low, high, 0x7362);
 }
-
-// Of both tiles at once where there are registers for it: loads from shared memory take 30 cycles.
-constexpr bool TOGETHER = COLUMNS <= 96;
-constexpr int WARPGROUP_CODES = TOGETHER ? 2 : 1;
 
 struct Fragments {
   u32 of_step[LINE_STEPS][FRAGMENTS][4];
@@ -506,37 +538,63 @@ __device__ __forceinline__ void next_line(Place& at) {
   }
 }
 
+// What a warpgroup multiplies next.
+struct Weight {
+  const u8* stage;
+  Scales scales[WARPGROUP_TILES];
+  Codes codes;
+};
+
+__device__ __forceinline__ void wait_for_stage(Weight& weight, State& state, const Place& at, const u8* weights, int warpgroup, int place) {
+  barrier_wait(shared_address(&state.weights_full[warpgroup][at.weight_slot]), at.weight_parity);
+  weight.stage = weights + (warpgroup * WEIGHT_SLOTS + at.weight_slot) * WEIGHT_SLOT_BYTES;
+  take_scales(weight.scales, weight.stage, place);
+}
+
+// Codes are taken one tile ahead and scales one stage: loads from shared memory take 30 cycles, a table's two in a row.
+template <int CHUNK>
+__device__ __forceinline__ void take_next_tile(Weight& weight, const State& state, int tile, int place, bool is_last_stage) {
+  constexpr int NEXT_CHUNK = CHUNK + 1 == STAGE_CHUNKS + STAGE_HALF ? 0 : CHUNK + 1;
+  if (tile + 1 < WARPGROUP_TILES)
+    take_codes<CHUNK>(weight.codes, weight.scales[tile + 1], state, weight.stage + (tile + 1) * STAGE_BYTES, place);
+  else if (NEXT_CHUNK > 0 || !is_last_stage)
+    take_codes<NEXT_CHUNK>(weight.codes, weight.scales[0], state, weight.stage, place);
+}
+
 // One chunk, or half of one, of this warpgroup's tiles, in units of a line. While the tensor cores multiply a unit the codes of the next are
 // expanded, in one stretch: with a commit and a wait for every 32 columns the warps spent two thirds of their time waiting for single
 // instructions, and with a whole chunk of bf16 at once there are not enough registers.
-template <bool IS_HALF, int VALUES>
-__device__ __forceinline__ void multiply_chunk(float (&sum)[WARPGROUP_TILES][VALUES], Fragments (&fragments)[2], State& state, Place& at,
-                                               u32 lines_low, const u8* stage, int chunk, int tiles, bool last, int warpgroup) {
+template <int CHUNK, int VALUES>
+__device__ __forceinline__ void multiply_chunk(float (&sum)[WARPGROUP_TILES][VALUES], Weight& weight, Fragments (&fragments)[2], State& state,
+                                               Place& at, u32 lines_low, const u8* weights, int tiles, bool is_last_stage, int warpgroup, int place) {
+  constexpr bool IS_HALF = CHUNK == STAGE_CHUNKS, IS_LAST_CHUNK = CHUNK + 1 == STAGE_CHUNKS + STAGE_HALF;
   constexpr int UNITS = IS_HALF ? 1 : CHUNK_LINES, STEPS = IS_HALF ? 2 : LINE_STEPS;
-  const int place = threadIdx.x & 127, lane = place & 31;
+  const int lane = place & 31;
   const int first_line = at.line_slot;
   u32 b[UNITS];  // where the lines of this chunk are
-  Codes all_codes[WARPGROUP_CODES];
 #pragma unroll
   for (int r = 0; r < WARPGROUP_TILES; r++) {
-    if (r > 0 && tiles == r) {  // a warpgroup has one tile at least
-      if (BF16 && UNITS == 1) mma_wait_but<0>();  // the next unit's fragments go to the same registers
-      break;
-    }
-    if (!TOGETHER || r == 0) {
-      take_codes<IS_HALF>(all_codes[0], state, stage + r * STAGE_BYTES, chunk, place);
-      if (TOGETHER) take_codes<IS_HALF>(all_codes[WARPGROUP_CODES - 1], state, stage + STAGE_BYTES, chunk, place);  // of one tile: nothing
-    }
-    const Codes& codes = all_codes[TOGETHER ? r : 0];
-    if (last && r == (TOGETHER ? 0 : tiles - 1)) {  // the stage is in registers
+    const bool has_tile = r == 0 || tiles > r;
+    if (IS_LAST_CHUNK && r + 1 == WARPGROUP_TILES) {  // all of this stage is in registers
       __syncwarp();
       if (lane == 0) barrier_arrive(shared_address(&state.weights_empty[warpgroup][at.weight_slot]));
+      if (++at.weight_slot == WEIGHT_SLOTS) {
+        at.weight_slot = 0;
+        at.weight_parity ^= 1;
+      }
+      if (!is_last_stage) wait_for_stage(weight, state, at, weights, warpgroup, place);
+    }
+    if (!has_tile) {
+      take_next_tile<CHUNK>(weight, state, r, place, is_last_stage);
+      if (BF16 && UNITS == 1) mma_wait_but<0>();  // the next unit's fragments go to the same registers
+      break;
     }
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
       Fragments& own = fragments[UNITS == 2 ? unit : r];
 #pragma unroll
-      for (int j = 0; j < STEPS; j++) expand(own.of_step[j], codes, unit * LINE_STEPS + j);
+      for (int j = 0; j < STEPS; j++) expand(own.of_step[j], weight.codes, unit * LINE_STEPS + j);
+      if (unit == UNITS - 1) take_next_tile<CHUNK>(weight, state, r, place, is_last_stage);
       if (r == 0) {
         b[unit] = lines_low + at.line_slot * (LINE_SLOT_BYTES / 16);
         barrier_wait(shared_address(&state.line_full[at.line_slot]), at.line_parity);
@@ -547,9 +605,9 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[WARPGROUP_TILES][VAL
 #pragma unroll
       for (int j = 0; j < STEPS; j++) {
         if constexpr (BF16)
-          mma_bf16(sum[r], own.of_step[j], descriptor(b[unit] + j * 4));
+          mma_bf16(sum[r], own.of_step[j], b[unit] + j * 4);
         else
-          mma(sum[r], own.of_step[j][0], descriptor(b[unit] + j * 2), 1);
+          mma(sum[r], own.of_step[j][0], b[unit] + j * 2, 1);
       }
       mma_commit();
       // the same for e4m3. Where the compiler cannot see that no fragment in use is written it waits for every single product, so the waits
@@ -568,22 +626,24 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[WARPGROUP_TILES][VAL
 // Products of this warpgroup's tiles over all stages.
 template <int VALUES>
 __device__ __forceinline__ void multiply(float (&sum)[WARPGROUP_TILES][VALUES], State& state, Place& at, const u8* lines, const u8* weights,
-                                         int warpgroup, int tiles, int stages) {
+                                         int warpgroup, int place, int tiles, int stages) {
+  static_assert(STAGE_CHUNKS == 1 || STAGE_CHUNKS == 2, "stages that layout.py makes");
   const u32 lines_low = descriptor_low(shared_address(lines));
   Fragments fragments[2];
+  Weight weight;
+  wait_for_stage(weight, state, at, weights, warpgroup, place);
+  take_codes<0>(weight.codes, weight.scales[0], state, weight.stage, place);
 #pragma unroll 1
   for (int s = 0; s < stages; s++) {
-    barrier_wait(shared_address(&state.weights_full[warpgroup][at.weight_slot]), at.weight_parity);
-    const u8* const stage = weights + (warpgroup * WEIGHT_SLOTS + at.weight_slot) * WEIGHT_SLOT_BYTES;
-#pragma unroll 1
-    for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++)
-      multiply_chunk<false>(sum, fragments, state, at, lines_low, stage, chunk, tiles, !STAGE_HALF && chunk == STAGE_CHUNKS - 1, warpgroup);
-    if (STAGE_HALF) multiply_chunk<true>(sum, fragments, state, at, lines_low, stage, STAGE_CHUNKS, tiles, true, warpgroup);
-    if (++at.weight_slot == WEIGHT_SLOTS) {
-      at.weight_slot = 0;
-      at.weight_parity ^= 1;
-    }
+    const bool is_last = s + 1 == stages;
+    multiply_chunk<0>(sum, weight, fragments, state, at, lines_low, weights, tiles, is_last, warpgroup, place);
+    if constexpr (STAGE_CHUNKS + STAGE_HALF > 1)
+      multiply_chunk<1>(sum, weight, fragments, state, at, lines_low, weights, tiles, is_last, warpgroup, place);
+    if constexpr (STAGE_CHUNKS + STAGE_HALF > 2)
+      multiply_chunk<2>(sum, weight, fragments, state, at, lines_low, weights, tiles, is_last, warpgroup, place);
   }
+#pragma unroll
+  for (int r = 0; r < WARPGROUP_TILES; r++) mma_wait(sum[r]);
 }
 
 // Adds the blocks that the table of a row cannot hold, in fp32, to the sums of columns that this thread has. Rare, and slow.
@@ -617,19 +677,22 @@ __device__ __noinline__ void add_outliers(float (&sum)[VALUES], const Arguments&
   __syncwarp();
 }
 
-// Of two columns and a row, this thread has a and b. It gets those of rows 2n and 2n + 1 for one of the columns: even rows the first one.
+// Of products in rows 2n and 2n + 1 of one column: of two columns and a row, this thread has a and b; even rows get the first column.
 __device__ __forceinline__ void pair_rows(float a, float b, bool odd, float& even_row, float& odd_row) {
   const float other = __shfl_xor_sync(ALL_LANES, odd ? a : b, 4);
   even_row = odd ? other : a;
   odd_row = odd ? b : other;
 }
 
-// A tile of GEMM 1: gates and ups of 32 columns of h.
+// A tile of GEMM 1: gates and ups of 32 columns of h. A thread has one column and two tokens each time;
+// transposed, two neighbours of one token.
 __device__ __forceinline__ void finish_up(const float (&sum)[COLUMNS / 2], const Arguments& args, const State& state, const Work& work, int slot,
                                           int tile, const float (&factor)[2], const float (&bias)[2]) {
   constexpr int LOW = COLUMNS / 4;  // a low column's values come so many later
   const int place = threadIdx.x & 127, warp = place >> 5, row8 = (place & 31) >> 2, column4 = place & 3;
-  const bool odd = row8 & 1;
+  const int at_h = BF16 ? h_bf16_place(tile, warp, 2 * column4) : h_e4m3_place(tile, warp, 2 * column4);
+  u8* const to = args.h[0] + ((u64)(work.first + row8) * DOWN_K + at_h) * NUMBER_BYTES;
+  u8* const low_to = args.h[PARTS - 1] + ((u64)(work.first + row8) * DOWN_K + at_h);
 #pragma unroll
   for (int q = 0; q < PASS_TOKENS / 8; q++) {
     float h[2];
@@ -643,25 +706,22 @@ __device__ __forceinline__ void finish_up(const float (&sum)[COLUMNS / 2], const
       const float x_factor = BF16 ? 1.0f : state.factor[slot][8 * q + 2 * column4 + i];
       h[i] = swiglu(gate * (factor[0] * x_factor) + bias[0], up * (factor[1] * x_factor) + bias[1], args.alpha, args.beta, args.limit);
     }
-    float even_row, odd_row;
-    pair_rows(h[0], h[1], odd, even_row, odd_row);
-    const int token = 8 * q + 2 * column4 + odd;
-    if (token >= work.count) continue;
-    const u64 row = (u64)(work.first + token) * DOWN_K;
+    // h of two columns of the product. As the only part it is rounded once: by way of bf16, one of 16 numbers would lie between two of e4m3
+    const u32 only = e4m3_pair(h[0] * args.h_scale, h[1] * args.h_scale);
+    const u32 two = transpose_8x8(BF16 || PARTS == 2 ? bf16_pair(h[0], h[1]) : permute_bytes(only, 0, 0x4140));
+    if (8 * q + row8 >= work.count) continue;
+    const int at = 8 * q * DOWN_K;
     if (BF16) {
-      *(u32*)((u16*)args.h[0] + row + h_bf16_place(tile, warp, row8 & 6)) = bf16_pair(even_row, odd_row);
+      *(u32*)(to + 2 * at) = two;
+    } else if (PARTS == 1) {
+      *(u16*)(to + at) = (u16)permute_bytes(two, 0, 0x4420);
     } else {
-      // h is rounded to bf16 first, as everywhere, so that its two parts are all of it
-      const float even = PARTS == 2 ? bf16_value(even_row) * args.h_scale : even_row * args.h_scale;
-      const float other = PARTS == 2 ? bf16_value(odd_row) * args.h_scale : odd_row * args.h_scale;
-      const u64 at = row + h_e4m3_place(tile, warp, row8 & 6);
-      const u32 high = e4m3_pair(even, other);
-      *(u16*)(args.h[0] + at) = (u16)high;
-      if (PARTS == 2) {
-        float even_high, odd_high;
-        e4m3_values(high, even_high, odd_high);
-        *(u16*)(args.h[1] + at) = (u16)e4m3_pair((even - even_high) * LOW_FACTOR, (other - odd_high) * LOW_FACTOR);
-      }
+      const float even = __uint_as_float(two << 16) * args.h_scale, odd = __uint_as_float(two & 0xFFFF0000u) * args.h_scale;
+      const u32 high = e4m3_pair(even, odd);
+      float even_high, odd_high;
+      e4m3_values(high, even_high, odd_high);
+      *(u16*)(to + at) = (u16)high;
+      *(u16*)(low_to + at) = (u16)e4m3_pair((even - even_high) * LOW_FACTOR, (odd - odd_high) * LOW_FACTOR);
     }
   }
 }
@@ -672,10 +732,17 @@ __device__ __forceinline__ void finish_down(const float (&sum)[COLUMNS / 2], con
   constexpr int LOW = COLUMNS / 4;
   const int place = threadIdx.x & 127, row8 = (place & 31) >> 2, column4 = place & 3;
   const int column = tile * TILE_ROWS + 16 * (place >> 5);
-  const bool odd = row8 & 1;
+  const bool is_odd = row8 & 1;
   const float h_factor = BF16 ? 1.0f : 1.0f / args.h_scale;
 #pragma unroll
   for (int q = 0; q < PASS_TOKENS / 8; q++) {
+    const float2 weight = *(const float2*)&state.factor[slot][8 * q + 2 * column4];
+    // the token of which this thread stores two neighbouring columns: fp32 z goes by pairs of rows, bf16 z is transposed
+    const int token = 8 * q + (PARTS == 2 ? 2 * column4 + is_odd : row8);
+    const bool has_pair = token < work.count;
+    u16* const z = args.z + (u64)(has_pair ? state.pair[slot][token] : 0) * (HIDDEN * PARTS) +
+                   (column + (PARTS == 2 ? row8 & 6 : 2 * (column4 & 2) + 8 * (column4 & 1))) * PARTS;
+    u32 two[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float value[2];
@@ -683,24 +750,27 @@ __device__ __forceinline__ void finish_down(const float (&sum)[COLUMNS / 2], con
       for (int i = 0; i < 2; i++) {
         float product = sum[4 * q + 2 * half + i];
         if (PARTS == 2) product += sum[(4 * q + LOW + 2 * half + i) % (COLUMNS / 2)] * (1.0f / LOW_FACTOR);
-        value[i] = (product * (factor[half] * h_factor) + bias[half]) * state.factor[slot][8 * q + 2 * column4 + i];
+        value[i] = (product * (factor[half] * h_factor) + bias[half]) * (i ? weight.y : weight.x);
       }
-      float even_row, odd_row;
-      pair_rows(value[0], value[1], odd, even_row, odd_row);
-      const int token = 8 * q + 2 * column4 + odd;
-      if (token >= work.count) continue;
-      const u64 at = (u64)state.pair[slot][token] * HIDDEN + column + 8 * half + (row8 & 6);
-      if (PARTS == 2)
-        __stcg((float2*)((float*)args.z + at), make_float2(even_row, odd_row));
-      else
-        __stcg((u32*)(args.z + at), bf16_pair(even_row, odd_row));
+      if (PARTS == 2) {
+        float even_row, odd_row;
+        pair_rows(value[0], value[1], is_odd, even_row, odd_row);
+        if (has_pair) __stcg((float2*)(z + 8 * half * PARTS), make_float2(even_row, odd_row));
+      } else {
+        two[half] = transpose_8x8(bf16_pair(value[0], value[1]));
+      }
+    }
+    if (PARTS == 1) {
+      const bool is_right = column4 & 1;  // it gets four columns of the right half, its neighbour four of the left: 32 bytes of a row at a time
+      const u32 other = __shfl_xor_sync(ALL_LANES, is_right ? two[0] : two[1], 1);
+      if (has_pair) __stcg((uint2*)z, is_right ? make_uint2(other, two[1]) : make_uint2(two[0], other));
     }
   }
 }
 
 __device__ __forceinline__ void run(const Arguments& args, State& state, Place& at, const u8* lines, const u8* weights, const Work& work, int slot,
-                                    int warpgroup, int first_tile, int own) {
-  const int place = threadIdx.x & 127, lane = place & 31;
+                                    int warpgroup, int place, int first_tile, int own) {
+  const int lane = place & 31;
   const bool up = work.phase == UP;
   const int tiles = up ? UP_TILES : DOWN_TILES, stages = up ? UP_STAGES : DOWN_STAGES;
   const Weights& matrix = up ? args.up : args.down;
@@ -709,9 +779,7 @@ __device__ __forceinline__ void run(const Arguments& args, State& state, Place& 
   for (int r = 0; r < WARPGROUP_TILES; r++)
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; i++) sum[r][i] = 0.0f;
-  multiply(sum, state, at, lines, weights, warpgroup, own, stages);
-#pragma unroll
-  for (int r = 0; r < WARPGROUP_TILES; r++) mma_wait(sum[r]);
+  multiply(sum, state, at, lines, weights, warpgroup, place, own, stages);
   free_lines(state, at, lane);
 #pragma unroll
   for (int r = 0; r < WARPGROUP_TILES; r++) {
@@ -749,40 +817,56 @@ __device__ __forceinline__ void skip_lines(State& state, Place& at, int count, i
   }
 }
 
-// The sum of each token's local slots, in their order.
+// The sum of each token's local slots, in their order. All loads of a step are under way before the first of them is used: with a load and an
+// addition in turn this took 7 % of 4096 tokens.
 __device__ __forceinline__ void add_slots(const Arguments& args, int item, int thread) {
-  constexpr int UNITS = HIDDEN / 8;
+  constexpr int UNITS = HIDDEN / 8, SLOTS_AT_ONCE = PARTS == 2 ? 2 : 4, UNITS_AT_ONCE = 4;
   const int begin = (int)((long long)item * args.tokens / args.sum_items), end = (int)((long long)(item + 1) * args.tokens / args.sum_items);
-  for (int i = thread; i < (end - begin) * UNITS; i += CONSUMERS) {
-    const int token = begin + i / UNITS, unit = i % UNITS;
-    float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll 4
-    for (int k = 0; k < args.top_k; k++) {
-      const int pair = token * args.top_k + k, local = __ldg(args.ids + pair) - args.first_expert;
-      if (local < 0 || local >= args.experts) continue;
-      const u64 at = (u64)pair * HIDDEN + unit * 8;
-      if (PARTS == 2) {
-        const uint4 four = __ldcg((const uint4*)((const float*)args.z + at)), more = __ldcg((const uint4*)((const float*)args.z + at) + 1);
-        const u32 words[8] = {four.x, four.y, four.z, four.w, more.x, more.y, more.z, more.w};
+  for (int first = thread; first < (end - begin) * UNITS; first += UNITS_AT_ONCE * CONSUMERS) {
+    float total[UNITS_AT_ONCE][8] = {};
+    for (int k = 0; k < args.top_k; k += SLOTS_AT_ONCE) {
+      uint4 z[UNITS_AT_ONCE][SLOTS_AT_ONCE][PARTS];
 #pragma unroll
-        for (int m = 0; m < 8; m++) total[m] += __uint_as_float(words[m]);
-      } else {
-        const uint4 eight = __ldcg((const uint4*)(args.z + at));
-        const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+      for (int u = 0; u < UNITS_AT_ONCE; u++)
 #pragma unroll
-        for (int m = 0; m < 4; m++) {
-          total[2 * m] += __uint_as_float(words[m] << 16);
-          total[2 * m + 1] += __uint_as_float(words[m] & 0xFFFF0000u);
+        for (int m = 0; m < SLOTS_AT_ONCE; m++) {
+          const int i = first + u * CONSUMERS, token = begin + i / UNITS, pair = token * args.top_k + k + m;
+          const bool is_pair = token < end && k + m < args.top_k;
+          const int local = is_pair ? __ldg(args.ids + pair) - args.first_expert : -1;
+          const uint4* const from = (const uint4*)(args.z + ((u64)pair * HIDDEN + i % UNITS * 8) * PARTS);
+#pragma unroll
+          for (int part = 0; part < PARTS; part++)
+            z[u][m][part] = local >= 0 && local < args.experts ? __ldcg(from + part) : make_uint4(0, 0, 0, 0);
         }
-      }
+#pragma unroll
+      for (int u = 0; u < UNITS_AT_ONCE; u++)
+#pragma unroll
+        for (int m = 0; m < SLOTS_AT_ONCE; m++)
+#pragma unroll
+          for (int part = 0; part < PARTS; part++) {
+            const u32 words[4] = {z[u][m][part].x, z[u][m][part].y, z[u][m][part].z, z[u][m][part].w};
+#pragma unroll
+            for (int w = 0; w < 4; w++)
+              if (PARTS == 2) {
+                total[u][4 * part + w] += __uint_as_float(words[w]);
+              } else {
+                total[u][2 * w] += __uint_as_float(words[w] << 16);
+                total[u][2 * w + 1] += __uint_as_float(words[w] & 0xFFFF0000u);
+              }
+          }
     }
-    ((uint4*)(args.out + (u64)token * HIDDEN))[unit] = make_uint4(bf16_pair(total[0], total[1]), bf16_pair(total[2], total[3]),
-                                                                  bf16_pair(total[4], total[5]), bf16_pair(total[6], total[7]));
+#pragma unroll
+    for (int u = 0; u < UNITS_AT_ONCE; u++) {
+      const int i = first + u * CONSUMERS, token = begin + i / UNITS;
+      if (token < end)
+        ((uint4*)(args.out + (u64)token * HIDDEN))[i % UNITS] = make_uint4(bf16_pair(total[u][0], total[u][1]), bf16_pair(total[u][2], total[u][3]),
+                                                                           bf16_pair(total[u][4], total[u][5]), bf16_pair(total[u][6], total[u][7]));
+    }
   }
 }
 
 __device__ __forceinline__ void consume(const Arguments& args, State& state, const u8* lines, const u8* weights) {
-  const int thread = threadIdx.x, warpgroup = thread >> 7, lane = thread & 31;
+  const int thread = kept(threadIdx.x), warpgroup = thread >> 7, lane = thread & 31;
   Place at{0, 0, 0, 0, 0, 0};
   for (int n = 0;; n++) {
     const int slot = n & 1;
@@ -801,13 +885,10 @@ __device__ __forceinline__ void consume(const Arguments& args, State& state, con
       if (own == 0)
         skip_lines(state, at, (work.phase == UP ? UP_STAGES : DOWN_STAGES) * STAGE_LINES, lane);
       else
-        run(args, state, at, lines, weights, work, slot, warpgroup, first_tile, own);
+        run(args, state, at, lines, weights, work, slot, warpgroup, thread & 127, first_tile, own);
       if (own > 0) {
-        named_barrier(1 + warpgroup, 128);
-        if ((thread & 127) == 0) {
-          __threadfence();
-          add_release(args.counters + (work.phase == UP ? PASS_TILES_DONE + work.pass : DOWN_TILES_DONE), own);
-        }
+        named_barrier(1 + warpgroup, 128);  // this warpgroup's stores are before the release of one thread
+        if ((thread & 127) == 0) add_release(args.counters + (work.phase == UP ? PASS_TILES_DONE + work.pass : DOWN_TILES_DONE), own);
       }
     }
     __syncwarp();

@@ -22,11 +22,10 @@ THREADS = 32 * WARPS
 WARPGROUPS, WARPGROUP_TILES = 2, 2
 MOST_EXPERTS = 1024  # of a rank
 COUNTERS = 5  # besides one for each pass
-STATE_BYTES = 4096
+STATE_BYTES = 5120
 
 
-# Columns that a product may have. Each is a kernel of its own, see prefill.cu.
-COLUMNS = (32, 64, 80, 96, 112, 128)
+LEAST_COLUMNS = 32
 MOST_LINES = 12
 # What a pass takes besides, in columns: at 1024 tokens of gpt-oss-20b two passes of 96 took 1.08 times as long as two of 80.
 PASS_COST = 110
@@ -41,6 +40,7 @@ class Format:
     bf16: bool
     parts: int  # columns of the product for a pair: a high and a low one, or one
     weight_slots: int  # ring of stages, of each warpgroup
+    columns: tuple[int, ...]  # that a product may have; each is a kernel of its own, see prefill.cu
 
     @property
     def number_bytes(self) -> int:
@@ -49,7 +49,7 @@ class Format:
     def columns_for(self, pairs: float) -> int:
         """For so many pairs an expert on average: those with which all passes together should take least."""
         counts = [max(1.0, pairs + deviation * pairs**0.5) for deviation in DEVIATIONS]
-        return min(COLUMNS, key=lambda columns: (columns + PASS_COST) * sum(ceil(count * self.parts / columns) for count in counts))
+        return min(self.columns, key=lambda columns: (columns + PASS_COST) * sum(ceil(count * self.parts / columns) for count in counts))
 
     def columns_up_to(self, pairs: float) -> tuple[int, ...]:
         """All that calls of up to so many pairs an expert use."""
@@ -57,9 +57,10 @@ class Format:
         return tuple(sorted(counts))
 
 
-BF16 = Format(name="bf16", bf16=True, parts=1, weight_slots=2)
-E4M3_PAIR = Format(name="e4m3 pair", bf16=False, parts=2, weight_slots=3)
-E4M3 = Format(name="e4m3", bf16=False, parts=1, weight_slots=3)
+# With 128 columns of e4m3 the compiler finds too few registers and waits for every product; with 160 of bf16 it spills in the main loop.
+BF16 = Format(name="bf16", bf16=True, parts=1, weight_slots=2, columns=(LEAST_COLUMNS, 64, 80, 96, 112, 128, 144))
+E4M3_PAIR = Format(name="e4m3 pair", bf16=False, parts=2, weight_slots=3, columns=(LEAST_COLUMNS, 64, 80, 96, 112))
+E4M3 = Format(name="e4m3", bf16=False, parts=1, weight_slots=3, columns=(LEAST_COLUMNS, 64, 80, 96, 112))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def workspace(sizes: Sizes, used: Format, tokens: int, device: torch.device) -> 
     if pairs * max(row_bytes) >= 1 << 32:
         most = (1 << 32) // (MAX_TOP_K * max(row_bytes)) - 1
         raise ValueError(f"max_num_tokens={tokens} is more than the {most} whose rows of h can be told apart; prepare for fewer")
-    passes = sizes.local_experts + pairs * used.parts // COLUMNS[0]
+    passes = sizes.local_experts + pairs * used.parts // LEAST_COLUMNS
     z_bytes = 4 if used.parts == 2 else 2
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

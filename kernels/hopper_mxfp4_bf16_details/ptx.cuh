@@ -10,6 +10,12 @@ extern __shared__ __align__(1024) u8 shared_memory[];  // 1024: the period of th
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// The same value, which the compiler keeps instead of computing it again where it is used.
+__device__ __forceinline__ int kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- bytes and bits
 
 __device__ __forceinline__ u32 permute_bytes(u32 low, u32 high, u32 selector) {
@@ -57,6 +63,26 @@ __device__ __forceinline__ float least(float a, float b) {
 __device__ __forceinline__ float largest(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// e^x is exp2_fast(x * log2(e)); both have errors of 2 in the last place, and what is too small for a normal number is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float inverse_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Of a matrix of 8 by 8 numbers of 16 bits, of which lane l has two neighbours in row l / 4, each lane gets those of the transposed matrix.
+__device__ __forceinline__ u32 transpose_8x8(u32 two) {
+  u32 result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
   return result;
 }
 
@@ -163,6 +189,8 @@ __device__ __forceinline__ void mma_wait(float (&d)[VALUES]) {
 #define D_48 D_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define D_56 D_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define D_64 D_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define D_72 D_64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define D_80 D_72 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define INTO_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define INTO_8(d, i) INTO_4(d, i), INTO_4(d, i + 4)
 #define INTO_16(d, i) INTO_8(d, i), INTO_8(d, i + 8)
@@ -171,24 +199,33 @@ __device__ __forceinline__ void mma_wait(float (&d)[VALUES]) {
 #define INTO_48(d, i) INTO_32(d, i), INTO_16(d, i + 32)
 #define INTO_56(d, i) INTO_48(d, i), INTO_8(d, i + 48)
 #define INTO_64(d, i) INTO_32(d, i), INTO_32(d, i + 32)
+#define INTO_72(d, i) INTO_64(d, i), INTO_8(d, i + 64)
+#define INTO_80(d, i) INTO_64(d, i), INTO_16(d, i + 64)
 
 // VALUES of D in a thread are columns / 2; the operands after them are four of A, where B is, and whether D had a value before. The bf16
 // form takes two steps of 16 columns at once, 32 bytes of B apart, and adds: half as many operands for the compiler to bring together.
+//
+// Where B is: rows of 128 bytes, 128-byte swizzle, groups of 8 rows 1024 bytes apart. Low word: address / 16; bit 16 is a stride of 16
+// bytes that this swizzle ignores. High word: 1024 / 16, swizzle mode 1 in its two upper bits; as a constant of the instruction it takes no moves.
+#define DESCRIPTOR_HIGH "0x40000040"
 #define E4M3_MMA(VALUES, N, A0, A1, A2, A3, B, P)                                                                                        \
-  __device__ __forceinline__ void mma(float (&d)[VALUES], const u32 (&a)[4], u64 b, int accumulate) {                                    \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" D_##VALUES       \
-                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1;}"                                                          \
+  __device__ __forceinline__ void mma(float (&d)[VALUES], const u32 (&a)[4], u32 b, int accumulate) {                                    \
+    asm volatile("{.reg .pred p; .reg .b32 high; .reg .b64 b; mov.b32 high, " DESCRIPTOR_HIGH "; mov.b64 b, {%" #B ", high}; "            \
+                 "setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" D_##VALUES                      \
+                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, b, p, 1, 1;}"                                                                \
                  : INTO_##VALUES(d, 0)                                                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));                                                 \
   }
 #define BF16_MMA(VALUES, N, A0, A1, A2, A3, A4, A5, A6, A7, B, C)                                                                        \
-  __device__ __forceinline__ void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u64 b) {                                            \
-    asm volatile("{.reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D_##VALUES             \
-                 "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N                   \
-                 "k16.f32.bf16.bf16 {" D_##VALUES "}, {%" #A4 ",%" #A5 ",%" #A6 ",%" #A7 "}, %" #C ", p, 1, 1, 0;}"                      \
+  __device__ __forceinline__ void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u32 b) {                                            \
+    asm volatile("{.reg .pred p; .reg .b32 high; .reg .b64 b, c; mov.b32 high, " DESCRIPTOR_HIGH "; mov.b64 b, {%" #B ", high}; "         \
+                 "mov.b64 c, {%" #C ", high}; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N                                  \
+                 "k16.f32.bf16.bf16 {" D_##VALUES "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, b, p, 1, 1, 0; "                              \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D_##VALUES                                                  \
+                 "}, {%" #A4 ",%" #A5 ",%" #A6 ",%" #A7 "}, c, p, 1, 1, 0;}"                                                             \
                  : INTO_##VALUES(d, 0)                                                                                                   \
                  : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]), "r"(a[1][3]),       \
-                   "l"(b), "l"(b + 2));                                                                                                  \
+                   "r"(b), "r"(b + 2));                                                                                                  \
   }
 E4M3_MMA(4, 8, 4, 5, 6, 7, 8, 9)
 E4M3_MMA(8, 16, 8, 9, 10, 11, 12, 13)
@@ -198,19 +235,15 @@ E4M3_MMA(40, 80, 40, 41, 42, 43, 44, 45)
 E4M3_MMA(48, 96, 48, 49, 50, 51, 52, 53)
 E4M3_MMA(56, 112, 56, 57, 58, 59, 60, 61)
 E4M3_MMA(64, 128, 64, 65, 66, 67, 68, 69)
+E4M3_MMA(72, 144, 72, 73, 74, 75, 76, 77)
+E4M3_MMA(80, 160, 80, 81, 82, 83, 84, 85)
 BF16_MMA(16, 32, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25)
 BF16_MMA(32, 64, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41)
 BF16_MMA(40, 80, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49)
 BF16_MMA(48, 96, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57)
 BF16_MMA(56, 112, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65)
 BF16_MMA(64, 128, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73)
+BF16_MMA(72, 144, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81)
+BF16_MMA(80, 160, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89)
 
-// Where B is: rows of 128 bytes, 128-byte swizzle, groups of 8 rows 1024 bytes apart. Low word: address / 16; bit 16 is a stride of 16
-// bytes that this swizzle ignores. High word: 1024 / 16, swizzle mode 1 in its two upper bits.
 __device__ __forceinline__ u32 descriptor_low(u32 address) { return ((address >> 4) & 0x3FFF) | 0x10000; }
-
-__device__ __forceinline__ u64 descriptor(u32 low) {
-  u64 result;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(low), "r"(0x40000000 | (1024 >> 4)));
-  return result;
-}

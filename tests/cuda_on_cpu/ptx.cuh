@@ -21,8 +21,10 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct float2 { float x, y; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 template <class T> T min(T a, T b) { return a < b ? a : b; }
@@ -79,6 +81,7 @@ inline void meet(Meeting& meeting, int threads) {
 
 inline void __syncthreads() { meet(emulated_block->all, emulated_block->threads); }
 inline void named_barrier(int id, int threads) { meet(emulated_block->named[id], threads); }
+inline int kept(int value) { return value; }
 inline int emulated_warp() { return threadIdx.x >> 5; }
 inline int emulated_lane() { return threadIdx.x & 31; }
 inline void __syncwarp() { meet(emulated_block->warps[emulated_warp()], 32); }
@@ -108,11 +111,25 @@ template <class T> T __shfl_xor_sync(u32, T value, int mask) {
   int lane = emulated_lane();
   return with_all_lanes(value, [=](const T* v) { return v[lane ^ mask]; });
 }
+inline u32 transpose_8x8(u32 two) {
+  int lane = emulated_lane(), row = lane >> 2, column = 2 * (lane & 3);
+  return with_all_lanes(two, [=](const u32* v) {
+    auto number = [=](int r, int c) { return v[4 * r + c / 2] >> (16 * (c & 1)) & 0xFFFF; };
+    return number(column, row) | number(column + 1, row) << 16;
+  });
+}
 inline u32 __match_any_sync(u32, int value) {
   return with_all_lanes(value, [=](const int* v) {
     u32 same = 0;
     for (int i = 0; i < 32; i++) same |= (u32)(v[i] == value) << i;
     return same;
+  });
+}
+inline u32 __ballot_sync(u32, int value) {
+  return with_all_lanes(value, [](const int* v) {
+    u32 set = 0;
+    for (int i = 0; i < 32; i++) set |= (u32)(v[i] != 0) << i;
+    return set;
   });
 }
 inline u32 __reduce_max_sync(u32, u32 value) {
@@ -193,7 +210,8 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
 inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline u32 __float_as_uint(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return expf(x); }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float inverse_fast(float x) { return 1.0f / x; }
 inline u32 and_or(u32 value, u32 mask, u32 other) { return (value & mask) | other; }
 inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
   u64 bytes = (u64)high << 32 | low;
@@ -235,13 +253,12 @@ inline float bf16_value(float rounded) { return __uint_as_float(bf16_bits(rounde
 // ---- tensor cores: the four threads of a row share its fragments when they wait for the products
 
 inline u32 descriptor_low(u32 address) { return address >> 4; }
-inline u64 descriptor(u32 low) { return low; }
 inline void mma_begin() {}
 inline void mma_commit() { emulated_block->current->mmas.emplace_back(); }
-template <int VALUES> void mma(float (&d)[VALUES], const u32 (&a)[4], u64 b, int accumulate) {
+template <int VALUES> void mma(float (&d)[VALUES], const u32 (&a)[4], u32 b, int accumulate) {
   emulated_block->current->mmas.back().push_back({a, b, accumulate, d, VALUES, false});
 }
-template <int VALUES> void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u64 b) {
+template <int VALUES> void mma_bf16(float (&d)[VALUES], const u32 (&a)[2][4], u32 b) {
   emulated_block->current->mmas.back().push_back({a[0], b, 1, d, VALUES, true});
   emulated_block->current->mmas.back().push_back({a[1], b + 2, 1, d, VALUES, true});
 }

@@ -42,7 +42,7 @@ def format_of(text):
     used = FORMATS[name]
     if not rest:
         return used
-    return Fixed(name=text, bf16=used.bf16, parts=used.parts, weight_slots=used.weight_slots)
+    return Fixed(name=text, bf16=used.bf16, parts=used.parts, weight_slots=used.weight_slots, columns=used.columns)
 
 
 def median_us(calls):
