@@ -132,10 +132,7 @@ def _gemm_input(x: Doubles, act_dtype: ActDtype | None, bound: float | None = No
         return x
     blocks = x.reshape(len(x), x.shape[1] // 32, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
-    if act_dtype == "mxfp8":
-        exponent = _least_exponent(largest)
-    else:
-        exponent = _exponent(largest) - 8
+    exponent = _least_exponent(largest) if act_dtype == "mxfp8" else _exponent(largest) - 8
     scale = np.ldexp(1.0, np.maximum(exponent, -127))
     return (_nearest_e4m3(blocks / scale) * scale).reshape(x.shape)
 
