@@ -19,9 +19,9 @@ BACKEND = HopperMxfp4Fp8()
 FORMAT = BACKEND.act_dtype
 MAX_TOKENS = 3000
 COUNTS = (1, 2, 3, 8, 33, 64, 65, 129, 320, 1025, 2881)
-# Sums in the tensor cores' 14 bits move some values of h by a step of E4M3. Emulated on a CPU: 0.0038 over 512 pairs of gpt-oss, 0.0054 of
+# Sums in the tensor cores' 14 bits move some values of h by a step of E4M3. Emulated on a CPU: 0.0042 over 8192 pairs of gpt-oss, 0.0054 of
 # a quarter of its columns, 0.007 of 64 columns, up to 0.015 in one pair. Where there are few only the format's tolerance holds.
-MANY_PAIRS, REL_L2, REL_L2_WHOLE = 128, 0.01, 0.005
+MANY_PAIRS, REL_L2, REL_L2_WHOLE = 128, 0.01, 0.006
 
 
 @pytest.fixture(autouse=True, scope="module")
