@@ -12,7 +12,6 @@ from moebench.timeline import Call, Event, Kind
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
-    from torch.profiler import ProfilerActivity
 
 # CUPTI serves one tool at a time; where nsys or ncu injected theirs, ours stands aside.
 INJECTED = ("CUDA_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE")
@@ -24,14 +23,13 @@ def timeline(run: Callable[[], object]) -> Call:
     if stands_aside():
         return ()
     import torch
-    from torch.profiler import ProfilerActivity
 
     def whole() -> None:
         run()
         torch.cuda.synchronize()
 
     torch.cuda.synchronize()
-    return tuple(sorted(_device_events(_traced(whole, [ProfilerActivity.CUDA])), key=_start))
+    return tuple(sorted(_device_events(_traced(whole, host=False, device=True)), key=_start))
 
 
 def timelines(run: Callable[[], object], between: Callable[[], object], count: int) -> tuple[Call, ...]:
@@ -41,7 +39,7 @@ def timelines(run: Callable[[], object], between: Callable[[], object], count: i
     if stands_aside():
         return ()
     import torch
-    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import record_function
 
     def whole() -> None:
         for _ in range(count):
@@ -51,20 +49,20 @@ def timelines(run: Callable[[], object], between: Callable[[], object], count: i
                 run()
                 torch.cuda.synchronize()
 
-    found = _traced(whole, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    found = _traced(whole, host=True, device=True)
     return windows(_device_events(found), [_window(event) for event in found if event.name == RANGE and not _on_device(event)])
 
 
 def operations(run: Callable[[], object], count: int) -> tuple[Call, ...]:
     """Of `count` calls on a CPU, the torch operations that the call itself asks for, named with the shapes of their inputs."""
-    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import record_function
 
     def whole() -> None:
         for _ in range(count):
             with record_function(RANGE):
                 run()
 
-    found = _traced(whole, [ProfilerActivity.CPU])
+    found = _traced(whole, host=True, device=False)
     calls: dict[int, list[Event]] = {event.id: [] for event in found if event.name == RANGE}
     for event in found:
         if event.cpu_parent is not None and event.cpu_parent.id in calls and event.cpu_parent.name == RANGE:
@@ -98,12 +96,13 @@ def stands_aside() -> bool:
     return any(name in os.environ for name in INJECTED)
 
 
-def _traced(run: Callable[[], object], activities: Sequence[ProfilerActivity]) -> list[FunctionEvent]:
-    from torch.profiler import ProfilerActivity, profile
+def _traced(run: Callable[[], object], *, host: bool, device: bool) -> list[FunctionEvent]:
+    """torch.profiler.profile's own core: around it, that one asks for torch._inductor, whose import takes seconds of each process."""
+    from torch.autograd.profiler import profile
 
-    with profile(activities=activities, record_shapes=ProfilerActivity.CUDA not in activities) as traced:
+    with profile(use_cpu=host, use_device="cuda" if device else None, use_kineto=True, record_shapes=not device) as traced:
         run()
-    return list(traced.events() or [])
+    return list(traced.function_events or [])
 
 
 def _device_events(found: Sequence[FunctionEvent]) -> list[Event]:
