@@ -18,8 +18,9 @@ if TYPE_CHECKING:  # this module is imported where torch is not installed
 
 # What the inputs of both GEMMs are rounded to. mxfp8: E4M3 in blocks of 32 whose E8M0 scale is rounded up, so that nothing
 # saturates (FlashInfer, TensorRT-LLM); mxfp8_ocp: scale rounded down as OCP MX v1.0 says, values above 448 saturate; fp8: E4M3 with
-# one float32 scale a row, taken from the row's largest element at run time (W4A8 on Hopper).
-ActDtype = Literal["bf16", "mxfp8", "mxfp8_ocp", "fp8"]
+# one float32 scale a row, taken from the row's largest element at run time (FlashInfer's W4A8 on Hopper); fp8_pow2: E4M3 with a power
+# of two for each row of hidden states, and one for all of h where the activation's limit bounds it (our W4A8 on Hopper).
+ActDtype = Literal["bf16", "mxfp8", "mxfp8_ocp", "fp8", "fp8_pow2"]
 ACT_DTYPES: tuple[ActDtype, ...] = get_args(ActDtype)
 
 Experts = Callable[["Tokens"], "Tensor"]  # what prepare returns

@@ -16,11 +16,14 @@ from moebench.problem import Layer, Tokens
 from moebench.record import Error, Status
 
 # Of ||out - ref|| / ||ref||. A right bf16 kernel is at 0.0017 (the last rounding) to 0.0042 (the whole activation in bf16). In MXFP8
-# a value of h that rounds the other way may move a whole block's scale: up to 0.016; ignoring MXFP8 costs 0.025 or more.
-REL_L2_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.005, "mxfp8": 0.02, "mxfp8_ocp": 0.02, "fp8": 0.02}
+# a value of h that rounds the other way may move a whole block's scale: up to 0.016; ignoring MXFP8 costs 0.025 or more. In fp8_pow2 it
+# moves by a step of E4M3: with sums in Hopper's 14 bits a right kernel of gpt-oss's sizes is at 0.0024 to 0.0054 over many pairs, and at
+# 0.010 in one of a hundred calls with a single pair; ignoring it costs 0.02 or more. mxfp8 is within it, at 0.01: the same steps but for
+# tiny elements.
+REL_L2_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.005, "mxfp8": 0.02, "mxfp8_ocp": 0.02, "fp8": 0.02, "fp8_pow2": 0.02}
 # Of max |out - ref| / max(|ref|, rms of its token, rms of its column): finds one wrong column among thousands, which the norm hides.
 # Right kernels on an H200, all models, up to 16384 tokens: 0.081, 0.58, 0.99; one doubled scale of w2, 1024 tokens or more: 0.18 to 1.7.
-WORST_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.15, "mxfp8": 1.0, "mxfp8_ocp": 1.5, "fp8": 0.3}
+WORST_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.15, "mxfp8": 1.0, "mxfp8_ocp": 1.5, "fp8": 0.3, "fp8_pow2": 0.3}
 
 ROWS = 1024  # compared at a time: float64 copies of a whole [16384, 2880] output would take 0.4 GB each
 SENTINEL = 1.5 * 2.0**100  # the finite poison: exact in bf16 and float32, and no result comes near it

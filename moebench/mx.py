@@ -96,6 +96,20 @@ def round_fp8_per_token(x: Tensor) -> Tensor:
     return encode_e4m3(rows * factor).float() * (1.0 / factor)
 
 
+def round_fp8_pow2(x: Tensor, factor: float | None = None) -> Tensor:
+    """float32 [..., K]: x as FP8 holds it after a product with a power of two, which the GEMM's result is divided by.
+
+    The given one; without it each row (last dimension) has its own, the largest that brings nothing above 448, and 2^126 at most, so that
+    it and its inverse are normal numbers. Elements are E4M3, nearest-even, saturating at 448. A power of two loses nothing, so but for what
+    saturates and for what falls below 2^-6 any other would round alike.
+    Source: kernels/hopper_mxfp4_bf16_details/prefill.cu, split and finish_up; layer.cuh, row_exponent."""
+    rows = x.float()
+    if factor is not None:
+        return encode_e4m3(rows * factor).float() / factor
+    scales = _scale_bytes(rows, "round_up", emax=8, full_mantissa=0x600000).clamp_(min=1)  # of the inverse
+    return encode_e4m3(rows * _inverse_scale(scales).unsqueeze(-1)).float() * decode_e8m0(scales).unsqueeze(-1)
+
+
 def encode_e2m1(x: Tensor) -> Tensor:
     """uint8 codes, one an element, of float32 values; NaN, which E2M1 lacks, becomes code 0 (its block's scale says NaN)."""
     magnitude = x.abs()

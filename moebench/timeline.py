@@ -85,12 +85,12 @@ class Rule:
 
 # The first that matches decides. Names as seen in traces on an H200, except where a comment says they come from the sources.
 RULES = (
-    # ours: triton_mxfp4_bf16_details/{route,gemm}.py, hopper_mxfp4_bf16_details/moe.cu
+    # ours: triton_mxfp4_bf16_details/{route,gemm}.py, hopper_mxfp4_bf16_details/{moe,prefill}.cu
     Rule(pattern=r"^gate_up_kernel", phase="gemm1+activation"),
     Rule(pattern=r"^down_kernel", phase="gemm2"),
     Rule(pattern=r"^add_slots", phase="finalize"),
     Rule(pattern=r"^(sort|count|place)_pairs", phase="route"),
-    Rule(pattern=r"^hopper_mxfp4_bf16", phase="route+gemm1+activation+gemm2+finalize"),
+    Rule(pattern=r"^hopper_mxfp4_(bf16|prefill)", phase="route+gemm1+activation+gemm2+finalize"),
     # OpenAI's triton_kernels; _p_, _topk, _downcast and _finalize from the sources
     Rule(pattern=r"^_(p_)?matmul\w*_swiglu", phase="gemm1+activation"),
     Rule(pattern=r"^_(p_)?matmul", phase=_GEMM),

@@ -50,6 +50,8 @@ def explain(out: Tensor, layer: Layer, tokens: Tokens, act_dtype: ActDtype, refe
         if not few.any():
             return "the output is zero"
         found = next(filter(gives_the_output, _mistakes(layer, act_dtype)), None)
+        if found and found.act_dtype:  # more than one format may fit
+            found = min(_roundings(act_dtype), key=lambda other: compare(few, _run(other, layer, part, act_dtype), act_dtype).rel_l2)
     return f"it looks as if {found.sentence}" if found else ""
 
 
@@ -91,9 +93,7 @@ def _mistakes(layer: Layer, act_dtype: ActDtype) -> Iterator[Mistake]:
             sentence=f"ids are taken as local, though this rank begins at expert {layer.local_expert_start}",
             tokens=lambda x, t: replace(t, topk_ids=t.topk_ids + x.local_expert_start),
         )
-    for other in ACT_DTYPES:
-        if other != act_dtype:
-            yield Mistake(sentence=f"activations are rounded as {other} does", act_dtype=other)
+    yield from _roundings(act_dtype)
     for n in (1, -1, 2, -2):
         yield Mistake(sentence=f"all scales of w13 are off by 2^{n}", layer=lambda x, n=n: replace(x, w13=_scaled(x.w13, n)))  # type: ignore[misc]
         yield Mistake(sentence=f"all scales of w2 are off by 2^{n}", layer=lambda x, n=n: replace(x, w2=_scaled(x.w2, n)))  # type: ignore[misc]
@@ -101,6 +101,12 @@ def _mistakes(layer: Layer, act_dtype: ActDtype) -> Iterator[Mistake]:
             sentence=f"all scales are off by 2^{n}",
             layer=lambda x, n=n: replace(x, w13=_scaled(x.w13, n), w2=_scaled(x.w2, n)),  # type: ignore[misc]
         )
+
+
+def _roundings(act_dtype: ActDtype) -> Iterator[Mistake]:
+    for other in ACT_DTYPES:
+        if other != act_dtype:
+            yield Mistake(sentence=f"activations are rounded as {other} does", act_dtype=other)
 
 
 def _run(mistake: Mistake, layer: Layer, tokens: Tokens, act_dtype: ActDtype) -> Tensor:

@@ -1,7 +1,7 @@
 """The experts again, in float64 NumPy, from the same packed bytes: a second opinion that shares no formula with the first.
 
-Rounding points are those of torch_experts.py: x as bf16 gives it, h to bf16, and both to MXFP8 where the format says so; all else
-in float64. The formats are written out here anew (OCP MX v1.0, section 5.3), so that a slip in mx.py cannot hide."""
+Rounding points are those of torch_experts.py: x as bf16 gives it, h to bf16, and both to MXFP8 or FP8 where the format says so; all
+else in float64. The formats are written out here anew (OCP MX v1.0, section 5.3), so that a slip in mx.py cannot hide."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def experts(layer: Layer, tokens: Tokens, act_dtype: ActDtype | None) -> Doubles
             y = y + b13[e]
         h = _activate(y, layer.swiglu)
         if act_dtype is not None:
-            h = _gemm_input(h if act_dtype == "fp8" else _nearest_bf16(h), act_dtype)
+            h = _gemm_input(h if act_dtype in ("fp8", "fp8_pow2") else _nearest_bf16(h), act_dtype, _largest_h(layer.swiglu))
         z = _times_transposed(h, w2[e], s2[e])
         if b2 is not None:
             z = z + b2[e]
@@ -109,8 +109,20 @@ def _unpack(codes: Bytes, scales: Bytes) -> Doubles:
     return blocks.reshape(len(codes), -1)
 
 
-def _gemm_input(x: Doubles, act_dtype: ActDtype | None) -> Doubles:
-    """MXFP8 or FP8 values of x [n, K] for the formats that have them, else x."""
+def _largest_h(constants: Swiglu) -> float | None:
+    """No |h| is above it; None where there is no such number, 0 where h is 0."""
+    if constants.limit is None or constants.alpha <= 0:
+        return None
+    lowest = 0.2785 / constants.alpha  # x * sigmoid(x) is at least -0.27847
+    return max(constants.limit, lowest) * (constants.limit + abs(constants.beta))
+
+
+def _gemm_input(x: Doubles, act_dtype: ActDtype | None, bound: float | None = None) -> Doubles:
+    """MXFP8 or FP8 values of x [n, K] for the formats that have them, else x. bound: of |x|, where the format may use one."""
+    if act_dtype == "fp8_pow2":
+        largest = np.full((1, 1), bound) if bound else np.abs(x).max(-1, keepdims=True, initial=0)
+        factor = np.ldexp(1.0, np.minimum(-_least_exponent(largest), 126))
+        return _nearest_e4m3(x * factor) / factor
     if act_dtype == "fp8":
         single = x.astype(np.float32)  # as the kernel multiplies: bf16 values are often ties, and float32 says which way each goes
         largest = np.abs(single).max(-1, keepdims=True, initial=0)
@@ -120,13 +132,15 @@ def _gemm_input(x: Doubles, act_dtype: ActDtype | None) -> Doubles:
         return x
     blocks = x.reshape(len(x), x.shape[1] // 32, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
-    if act_dtype == "mxfp8":
-        exponent = _exponent(largest / 448)  # 448 * 2^n divides to 2^n exactly, so the ceiling is exact too
-        exponent += largest > np.ldexp(448.0, exponent)
-    else:
-        exponent = _exponent(largest) - 8
+    exponent = _least_exponent(largest) if act_dtype == "mxfp8" else _exponent(largest) - 8
     scale = np.ldexp(1.0, np.maximum(exponent, -127))
     return (_nearest_e4m3(blocks / scale) * scale).reshape(x.shape)
+
+
+def _least_exponent(largest: Doubles) -> NDArray[np.int32]:
+    """Least n with largest <= 448 * 2^n. 448 * 2^n divides to 2^n exactly, so the ceiling is exact too."""
+    exponent = _exponent(largest / 448)
+    return exponent + (largest > np.ldexp(448.0, exponent))
 
 
 def _nearest_e4m3(x: Doubles) -> Doubles:

@@ -1,9 +1,9 @@
 """The experts in float32 torch, one at a time: the truth that outputs are checked against.
 
-    x  = round(hidden_states)                     bf16 as given; "mxfp8", "mxfp8_ocp": MXFP8 of it; "fp8": E4M3 with a scale a row
+    x  = round(hidden_states)                     bf16 as given; "mxfp8", "mxfp8_ocp": MXFP8 of it; "fp8", "fp8_pow2": E4M3 of it
     y  = x @ W13.T + b13                          W13 exact from its packed bytes, products and sums in float32
     g  = min(y[0::2], limit), u = clamp(y[1::2], -limit, limit)
-    h  = round(g * sigmoid(alpha * g) * (u + beta))    to bf16; then, for mxfp8, MXFP8 of that; for fp8 from float32 at once
+    h  = round(g * sigmoid(alpha * g) * (u + beta))    to bf16; then, for mxfp8, MXFP8 of that; for fp8, fp8_pow2 E4M3 at once
     z  = h @ W2.T + b2
     out = sum over local experts of weight * z    float32; the last rounding to bf16 is the caller's
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from math import floor, log2
 from typing import TYPE_CHECKING
 
 from moebench.backend import ActDtype
@@ -40,7 +41,7 @@ def experts(
     Looks at the ids on the host, once, so on a GPU it synchronizes and cannot be captured in a graph."""
     import torch
 
-    from moebench.mx import Mxfp4, byte_values, dequantize_mxfp4
+    from moebench.mx import Mxfp4, byte_values, dequantize_mxfp4, round_fp8_pow2
 
     x = _round(tokens.hidden_states.float(), act_dtype)
     out = torch.zeros_like(x)  # float32 [M, H]
@@ -60,7 +61,9 @@ def experts(
             if layer.b13 is not None:
                 y += layer.b13[expert]
             h = (activation or swiglu)(y, layer.swiglu)
-            if act_dtype is not None:
+            if act_dtype == "fp8_pow2":
+                h = round_fp8_pow2(h, h_factor(layer.swiglu))
+            elif act_dtype is not None:
                 h = _round(h if act_dtype == "fp8" else h.bfloat16().float(), act_dtype)
             w2 = dequantize_mxfp4(Mxfp4(layer.w2.codes[expert], layer.w2.scales[expert]), pairs=values)  # float32 [H, I]
             z = h @ w2.T
@@ -76,6 +79,16 @@ def swiglu(y: Tensor, constants: Swiglu) -> Tensor:
     if constants.limit is not None:
         gate, up = gate.clamp(max=constants.limit), up.clamp(-constants.limit, constants.limit)
     return gate * (constants.alpha * gate).sigmoid() * (up + constants.beta)
+
+
+def h_factor(constants: Swiglu) -> float | None:
+    """Of fp8_pow2: the largest power of two that brings no |h| above 448; None where nothing bounds h, and each row has its own.
+
+    Up is within the limit. The gate is at most the limit, and its product with the sigmoid at least -0.2785 / alpha."""
+    if constants.limit is None or constants.alpha <= 0:
+        return None
+    bound = max(constants.limit, 0.2785 / constants.alpha) * (constants.limit + abs(constants.beta))
+    return 2.0 ** floor(log2(448 / bound)) if bound else None  # else h is 0
 
 
 class TorchExperts:
@@ -124,12 +137,14 @@ def plain_float32() -> Iterator[None]:
 
 def _round(x: Tensor, act_dtype: ActDtype | None) -> Tensor:
     """float32 values as the format's GEMM reads them; what comes in is bf16 already, but for fp8."""
-    from moebench.mx import round_fp8_per_token, round_mxfp8
+    from moebench.mx import round_fp8_per_token, round_fp8_pow2, round_mxfp8
 
     if act_dtype == "mxfp8":
         return round_mxfp8(x, "round_up")
     if act_dtype == "mxfp8_ocp":
         return round_mxfp8(x, "ocp")
+    if act_dtype == "fp8_pow2":
+        return round_fp8_pow2(x)
     return round_fp8_per_token(x) if act_dtype == "fp8" else x
 
 

@@ -135,10 +135,10 @@ def of_imbalance(imbalance: Imbalance, name: str) -> list[Figure]:
 
 
 def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
-    """One per device and contract in which two axes vary: who is fastest, or where one backend is alone, its time."""
-    alike: dict[tuple[str, str, str, str], list[tuple[Family, Grid]]] = defaultdict(list)
+    """One per device, contract and activation format in which two axes vary: who is fastest, or where one backend is alone, its time."""
+    alike: dict[tuple[str, ...], list[tuple[Family, Grid]]] = defaultdict(list)
     for family, grid in groups:
-        alike[family.device, family.arch, grid.scope, grid.contract_id].append((family, grid))
+        alike[family.device, family.arch, grid.scope, grid.contract_id, grid.act_dtype].append((family, grid))
     found = []
     for number, here in enumerate(alike.values(), 1):
         cells, rows, columns, across = _cells(sorted(here, key=lambda group: group[0].case.seed)[:MOST_MAP_ROWS])

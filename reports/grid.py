@@ -11,7 +11,7 @@ from typing import Literal
 
 from moebench.case import MODELS, Case
 from moebench.record import ClockName, Contract, L2State, Record, Roofline, Scope, Timing
-from moebench.reports.text import ratio, us
+from moebench.reports.text import clean, ratio, us
 
 Mark = Literal["", "fastest", "tie"]
 Method = tuple[ClockName, L2State | None]
@@ -132,9 +132,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What was found in one family under one contract."""
+    """What was found in one family under one contract, of backends with one activation format: the others compute something else."""
 
     scope: Scope
+    act_dtype: str  # empty where the family has one format only
     method: Method
     contract_id: str
     contract: Contract | None  # None for schema 1.0, which had none
@@ -147,7 +148,8 @@ class Grid:
     @property
     def title(self) -> str:
         whole = ", whole layer from router logits" if self.scope == "layer" else ""
-        return method_name(self.method) + whole + (f" ({self.differs})" if self.differs else "")
+        format_ = f", {clean(self.act_dtype)} activations" if self.act_dtype else ""
+        return method_name(self.method) + whole + format_ + (f" ({self.differs})" if self.differs else "")
 
     def base(self, wanted: str | None = None) -> str | None:
         """What the others are divided by: the wanted one, else the torch reference, where they count, else what counts at the most token
@@ -227,17 +229,17 @@ class Family:
         return max(map(len, found.values()))
 
     def grids(self) -> list[Grid]:
-        """One per scope and contract that timed anything, in the order they came up."""
-        terms: dict[tuple[Scope, str], list[Record]] = defaultdict(list)
+        """One per scope, contract and activation format that timed anything, in the order they came up."""
+        terms: dict[tuple[Scope, str, str], list[Record]] = defaultdict(list)
         for record in self.records:
             if record.status == "ok" and record.timing:
-                terms[record.scope, record.contract_id].append(record)
-        num_ranks = self.num_ranks
-        found = [self._grid(here, num_ranks) for here in terms.values()]
+                terms[record.scope, record.contract_id, record.act_dtype].append(record)
+        num_ranks, formats = self.num_ranks, {act_dtype for _, _, act_dtype in terms}
+        found = [self._grid(here, num_ranks, len(formats) > 1) for here in terms.values()]
         titles = [grid.title for grid in found]
         return [replace(grid, differs=_difference(grid, found)) if titles.count(grid.title) > 1 else grid for grid in found]
 
-    def _grid(self, here: list[Record], num_ranks: int) -> Grid:
+    def _grid(self, here: list[Record], num_ranks: int, many_formats: bool) -> Grid:
         first, timings = here[0], [_timing(record) for record in here]
         backends = tuple(dict.fromkeys(r.backend for r in here))
         rows: dict[int, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
@@ -248,6 +250,7 @@ class Family:
             there[record.case.num_tokens].append(record)
         return Grid(
             scope=first.scope,
+            act_dtype=first.act_dtype if many_formats else "",
             method=(timings[0].clock, timings[0].l2),
             contract_id=first.contract_id,
             contract=first.contract,

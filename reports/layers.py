@@ -33,7 +33,7 @@ class Layers:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """One backend over all layers that differ in routing and seed only, under one contract."""
+    """One backend over all layers that differ in routing and seed only, under one contract, among those of its activation format."""
 
     layer: str
     device: str
@@ -60,39 +60,40 @@ def layers(records: Iterable[Record], most: int = MOST_LAYERS) -> Layers:
 
 def standings(found: Sequence[Family]) -> list[Standing]:
     """The most often fastest first within a layer. Of medians alone, since intervals of 100 000 rows take 2 s: near ties count as won."""
-    logs: dict[tuple[str, str, str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    logs: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for family in found:
         layer = replace(family, case=replace(family.case, routing="uniform", seed=0)).name
-        for (scope, contract_id, how), row in _times_us(family):
+        for (scope, contract_id, act_dtype, how), row in _times_us(family):
             lowest = min(row.values())
             for backend, time_us in row.items() if len(row) > 1 and lowest > 0 else ():
-                logs[layer, family.device, scope, contract_id, how][backend].append(log(time_us / lowest))
+                logs[layer, family.device, scope, contract_id, act_dtype, how][backend].append(log(time_us / lowest))
+    formats = {key[4] for key in logs}
     found_standings = [
         Standing(
             layer=layer,
             device=device,
-            how=f"{how}{', whole layer' if scope == 'layer' else ''}",
+            how=f"{how}{', whole layer' if scope == 'layer' else ''}{f', {act_dtype} activations' if len(formats) > 1 else ''}",
             backend=backend,
             compared=len(ratios),
             fastest=sum(ratio == 0.0 for ratio in ratios),
             mean_ratio=exp(fmean(ratios)),
         )
-        for (layer, device, scope, _, how), by_backend in logs.items()
+        for (layer, device, scope, _, act_dtype, how), by_backend in logs.items()
         for backend, ratios in sorted(by_backend.items(), key=lambda item: fmean(item[1]))
     ]
     return found_standings
 
 
-def _times_us(family: Family) -> Iterable[tuple[tuple[str, str, str], dict[str, float]]]:
-    """What each backend took at each token count under each contract: the slowest rank, where every rank counts."""
-    cells: dict[tuple[str, str, str, int], dict[str, dict[tuple[int, int], list[float]]]] = defaultdict(lambda: defaultdict(dict))
+def _times_us(family: Family) -> Iterable[tuple[tuple[str, str, str, str], dict[str, float]]]:
+    """What each backend of a format took at each token count under each contract: the slowest rank, where every rank counts."""
+    cells: dict[tuple[str, str, str, str, int], dict[str, dict[tuple[int, int], list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for record in family.records:
         timing, case = record.timing, record.case
         if record.status == "ok" and timing is not None and timing.comparable:
-            cell = cells[record.scope, record.contract_id, method_name((timing.clock, timing.l2)), case.num_tokens]
+            cell = cells[record.scope, record.contract_id, record.act_dtype, method_name((timing.clock, timing.l2)), case.num_tokens]
             cell[record.backend].setdefault((case.tp_rank, case.ep_rank), []).append(timing.median_us)
     num_ranks = family.num_ranks
-    for (scope, contract_id, how, _), backends in cells.items():
+    for (scope, contract_id, act_dtype, how, _), backends in cells.items():
         whole = {name: max(map(median, ranks.values())) for name, ranks in backends.items() if len(ranks) == num_ranks}
         if whole:
-            yield (scope, contract_id, how), whole
+            yield (scope, contract_id, act_dtype, how), whole

@@ -91,7 +91,7 @@ def test_a_kernel_that_does_not_compile_is_said_and_the_rest_is_shown(acme, tmp_
     [
         (("acme", "--arch", "sm100"), 2, "is written for sm90"),
         (("cutlass_mxfp4_bf16",), 2, "moebench prebuild cutlass_mxfp4_bf16"),
-        (("torch",), 2, "these have: hopper_mxfp4_bf16, triton_mxfp4_bf16"),
+        (("torch",), 2, "these have: hopper_mxfp4_bf16, hopper_mxfp4_fp8, triton_mxfp4_bf16"),
         (("acme", "--arch", "sm900"), 2, "did you mean 'sm90'?"),
         (("acne",), 2, "did you mean 'acme'?"),
         (("acme", "--arch", "sm80", "--out", "x"), 3, "sm80: FileNotFoundError: [Errno 2] no such file: 'acmecc'"),

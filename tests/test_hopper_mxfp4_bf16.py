@@ -285,23 +285,23 @@ def test_the_regimes_of_both_models_are_those_that_were_measured():
     ids=lambda value: value.label if hasattr(value, "label") else "",
 )
 def test_what_cannot_run_is_refused_with_a_sentence(point, device, words, monkeypatch):
-    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16.find_spec", lambda module: module)
+    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16_details.needs.find_spec", lambda module: module)
     assert words in BACKEND.unsupported(point, device)
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16.find_spec", lambda module: None)
+    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16_details.needs.find_spec", lambda module: None)
     assert "pip install 'moebench[hopper]'" in BACKEND.unsupported(case("gpt-oss-20b", 1), H200)
 
     def no_parent(module):
         raise ModuleNotFoundError(module)
 
-    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16.find_spec", no_parent)
+    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16_details.needs.find_spec", no_parent)
     assert "cuda-bindings" in BACKEND.unsupported(case("gpt-oss-20b", 1), H200)
 
 
 def test_every_supported_case_says_none(monkeypatch):
-    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16.find_spec", lambda module: module)
+    monkeypatch.setattr("moebench.kernels.hopper_mxfp4_bf16_details.needs.find_spec", lambda module: module)
     for model in ("gpt-oss-20b", "gpt-oss-120b", "deepseek-v3", "qwen3-235b-a22b"):
         for tokens in (0, 1, 64, 128, 129, 16384):
             for ep in (1, 4):

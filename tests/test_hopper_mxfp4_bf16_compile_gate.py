@@ -2,7 +2,7 @@
 
 import pytest
 
-from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, prefill_variants, variants
+from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, fp8_variants, prefill_variants, variants
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import SHARED_BYTES
 
 if not compilers():
@@ -49,15 +49,15 @@ def test_main_loops_stay_as_short_as_they_are(compiled):
 # --- prefill.cu
 
 LAUNCHED_REGISTERS = 168  # 65536 over 384 threads; consumers take 232 of their own once they run
-PREFILL_LOOP_LIMIT = {"bf16": 3.2, "e4m3 pair": 2.0}
-PREFILL_WAITS = {"bf16": 4, "e4m3 pair": 4}  # units of a chunk; for each e4m3 unit one of two waits runs
+PREFILL_LOOP_LIMIT = {"bf16": 3.2, "e4m3 pair": 2.0, "e4m3": 2.0}
+PREFILL_WAITS = {"bf16": 4, "e4m3 pair": 4, "e4m3": 4}  # units of a chunk; for each e4m3 unit one of two waits runs
 
 
 @pytest.fixture(scope="module", params=compilers())
 def compiled_prefill(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))
-        return [compile_one(variant, request.param) for variant in prefill_variants()]
+        return [compile_one(variant, request.param) for variant in (*prefill_variants(), *fp8_variants())]
 
 
 def test_no_main_loop_of_prefill_spills_or_waits_for_single_products(compiled_prefill):

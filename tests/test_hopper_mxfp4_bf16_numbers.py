@@ -1,6 +1,7 @@
-"""The Hopper kernel's numbers against those in tests/compiled, by nvcc: NVRTC's differ from release to release (8 or 16 bytes of stack).
+"""The Hopper kernels' numbers against those in tests/compiled, by nvcc: NVRTC's differ from release to release (8 or 16 bytes of stack).
 
-After a change that is meant: `moebench compile hopper_mxfp4_bf16 --arch sm90 --json > tests/compiled/hopper_mxfp4_bf16.json`."""
+After a change that is meant: `moebench compile hopper_mxfp4_bf16 --arch sm90 --json > tests/compiled/hopper_mxfp4_bf16.json`, and the same
+for hopper_mxfp4_fp8."""
 
 import json
 import shutil
@@ -10,18 +11,18 @@ import pytest
 from moebench.kernels.hopper_mxfp4_bf16_details.aot import disassembler
 from tests.running import ROOT, moebench
 
-STORED = ROOT / "tests" / "compiled" / "hopper_mxfp4_bf16.json"
-
 if not shutil.which("nvcc"):
     pytest.skip("nvcc is not installed", allow_module_level=True)
 if disassembler() is None:
     pytest.skip("no nvdisasm: neither a CUDA toolkit nor triton is installed", allow_module_level=True)
 
 
-def test_no_variant_is_worse_than_its_stored_numbers(tmp_path):
-    document = moebench("compile", "hopper_mxfp4_bf16", "--json", "--against", STORED, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path)).stdout
+@pytest.mark.parametrize("backend", ["hopper_mxfp4_bf16", "hopper_mxfp4_fp8"])
+def test_no_variant_is_worse_than_its_stored_numbers(backend, tmp_path):
+    stored = ROOT / "tests" / "compiled" / f"{backend}.json"
+    document = moebench("compile", backend, "--json", "--against", stored, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path)).stdout
     found = json.loads(document)
     assert (found["worse"], found["failed"], found["exit_code"]) == ([], [], 0)
     assert found["cannot"] == ["sm100: uses Hopper's warpgroup instructions, which only sm90 has; it is not for sm100"]
-    assert {row["compiler"] for row in json.loads(STORED.read_text())["kernels"]} == {"nvcc"}
+    assert {row["compiler"] for row in json.loads(stored.read_text())["kernels"]} == {"nvcc"}
     assert {row["arch"] for row in found["kernels"]} == {"sm90"}

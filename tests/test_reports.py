@@ -14,7 +14,7 @@ from moebench.case import CASE_FIELDS, case
 from moebench.device import Device
 from moebench.journal import Run
 from moebench.record import Error, Kernel, Manifest, Record, Timing
-from moebench.reports import grid, markdown, table_csv, terminal, text, tuning
+from moebench.reports import grid, layers, markdown, table_csv, terminal, text, tuning
 from moebench.routing import Realized
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,24 @@ def test_two_ways_of_timing_are_never_in_one_table(other):
     records = ok("a", 4, 100.0), ok("b", 4, 0, timed=timing(50.0, **other)), ok("b", 8, 60.0)
     assert [found.backends for found in grid.families(records)[0].grids()] == [("a", "b"), ("b",)]
     assert "**100.0**" not in "\n".join(page(*records))
+
+
+def test_two_activation_formats_are_never_in_one_table_and_their_tables_say_which():
+    records = ok("a", 4, 100.0), ok("b", 4, 120.0), replace(ok("hopper_mxfp4_fp8", 4, 50.0), act_dtype="fp8_pow2")
+    (family,) = grid.families(records)
+    assert [(found.title, found.backends) for found in family.grids()] == [
+        ("CUDA graph replay, cold L2, bf16 activations", ("a", "b")),
+        ("CUDA graph replay, cold L2, fp8_pow2 activations", ("hopper_mxfp4_fp8",)),
+    ]
+    shown = page(*records)
+    assert "| 4 | **100.0** | 120.0 |" in shown
+    assert "| 4 | 50.0 |" in shown
+    (answered,) = (line for line in shown if line.startswith("- tiny"))
+    assert answered.endswith("bf16 activations: At 4 tokens a is fastest (1.20x as fast as the next).")
+    assert [(one.backend, one.compared, one.how) for one in layers.standings([family])] == [
+        ("a", 1, "CUDA graph replay, cold L2"),
+        ("b", 1, "CUDA graph replay, cold L2"),
+    ]
 
 
 def test_a_cell_whose_time_was_taken_in_another_way_says_so():

@@ -54,6 +54,7 @@ def test_the_kernels_that_an_h200_ran_fall_into_phases(backend, expected):
     [
         (("count_pairs", "place_pairs", "gate_up_kernel", "down_kernel"), ["route", "route", "gemm1+activation", "gemm2"]),
         (("hopper_mxfp4_bf16",), ["route+gemm1+activation+gemm2+finalize"]),
+        (("hopper_mxfp4_prefill",), ["route+gemm1+activation+gemm2+finalize"]),
         ((GROUPED, GROUPED), ["gemm1", "gemm2"]),
         ((GROUPED, GROUPED, ACTIVATION, GROUPED), ["gemm1", "gemm1", "activation", "gemm2"]),  # split along K, say
         ((FUSED, FUSED.removesuffix("_swiglu")), ["gemm1+activation", "gemm2"]),

@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from moebench import compiled as compiled_kernels
+from moebench.backend import CannotBuild
 from moebench.kernels.hopper_mxfp4_bf16_details import prefill
 from moebench.kernels.hopper_mxfp4_bf16_details.compiler import SOURCES, cubin, options
 from moebench.kernels.hopper_mxfp4_bf16_details.launch import SOURCE
+from moebench.kernels.hopper_mxfp4_bf16_details.needs import INSTALL, ONLY_SM90
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import TIERS, Sizes, Variant, variant
 
 GPT_OSS_20B = Sizes(hidden=2880, intermediate=2880, num_experts=32, local_experts=32)
@@ -78,8 +81,43 @@ def prefill_variants() -> Iterator[prefill.Variant]:
 
 
 def all_variants() -> Iterator[Variant | prefill.Variant]:
+    """Of hopper_mxfp4_bf16."""
     yield from variants()
     yield from prefill_variants()
+
+
+def fp8_variants() -> Iterator[prefill.Variant]:
+    """Of hopper_mxfp4_fp8, as prefill_variants."""
+    for columns in (64, 128):
+        yield prefill.Variant(sizes=GPT_OSS_20B, format=prefill.E4M3, columns=columns, outliers=False)
+
+
+def compiled(kernel: str, wanted: Iterable[Variant | prefill.Variant], arch: str) -> Iterator[compiled_kernels.Compiled]:
+    """For `moebench compile`. By every compiler that is here, NVRTC and nvcc, since they differ; the backends themselves use NVRTC."""
+    if arch != "sm90":
+        raise CannotBuild(f"{ONLY_SM90}; it is not for {arch}")
+    if disassembler() is None:
+        raise CannotBuild("nvdisasm is not here, which reads what was compiled; a CUDA toolkit has it, and so has pip install triton")
+    if not compilers():
+        raise CannotBuild(f"neither NVRTC nor nvcc is here; {INSTALL}")
+    wanted = tuple(wanted)
+    for compiler in compilers():
+        for one in wanted:
+            found = compile_one(one, compiler)
+            yield compiled_kernels.Compiled(
+                kernel=kernel,
+                config=one.label,
+                arch=arch,
+                compiler=compiler,
+                registers=found.registers,
+                stack_bytes=found.stack_bytes,
+                spills=found.spill_instructions,
+                loop_spills=found.loop_spill_instructions,
+                shared_bytes=found.shared_bytes,
+                tensor_cores=found.mma_kinds,
+                loop_instructions_per_weight=found.loop_instructions_per_weight,
+                cubin=found.cubin,
+            )
 
 
 def compile_one(wanted: Variant | prefill.Variant, compiler: str) -> Compiled:

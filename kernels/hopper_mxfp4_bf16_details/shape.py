@@ -189,6 +189,8 @@ def h_scale(alpha: float, beta: float, limit: float | None) -> float | None:
     if limit is None or alpha <= 0:
         return None
     bound = max(limit, 0.2785 / alpha) * (limit + abs(beta))
+    if bound == 0:  # h is 0, and any power would do
+        return None
     scale = 1.0
     while bound * scale > 448:
         scale /= 2
