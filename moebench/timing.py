@@ -46,9 +46,9 @@ class StopRule:
         return f"at least {self.warmup_s:g} s, until two batches agree within 1 % and the SM clock too, at most {self.max_warmup_s:g} s"
 
 
-# The last 0.5 % of a noisy point costs more than it tells; with 0.3 s most points of an H200 are known to 0.1 %. Under load the power cap moves
-# the SM clock in steps: neighbouring samples agree with each other more than with the median. In a run that took 2000 of 20 such points, the first 1000 of
-# each had a median inside the interval of all.
+# The last 0.5 % of a noisy point costs more than it tells; with 0.3 s most points of an H200 are known to 0.1 %. Under load the power
+# cap moves the SM clock in steps: neighbouring samples agree with each other more than with the median. In a run that took 2000 of 20
+# such points, the first 1000 of each had a median inside the interval of all.
 GPU_RULE = StopRule(min_samples=30, max_samples=1000, min_s=0.3, max_s=5.0, warmup_s=0.25, max_warmup_s=5.0)
 CPU_RULE = StopRule(min_samples=3, max_samples=50, max_s=3.0, target=0.02)
 ONCE = StopRule(min_samples=1, max_samples=1, max_s=0.0)

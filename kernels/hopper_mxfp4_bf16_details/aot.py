@@ -75,7 +75,7 @@ def variants() -> Iterator[Variant]:
 
 def prefill_variants() -> Iterator[prefill.Variant]:
     """Of gpt-oss-20b, the columns between which the others lie."""
-    for used, counts in ((prefill.BF16, (64, 80, 128)), (prefill.E4M3_PAIR, (32, 64, 96))):
+    for used, counts in ((prefill.BF16, (64, 80, 144)), (prefill.E4M3_PAIR, (32, 64, 96))):
         for columns in counts:
             yield prefill.Variant(sizes=GPT_OSS_20B, format=used, columns=columns, outliers=False)
 
@@ -88,7 +88,7 @@ def all_variants() -> Iterator[Variant | prefill.Variant]:
 
 def fp8_variants() -> Iterator[prefill.Variant]:
     """Of hopper_mxfp4_fp8, as prefill_variants."""
-    for columns in (64, 128):
+    for columns in (64, 112):
         yield prefill.Variant(sizes=GPT_OSS_20B, format=prefill.E4M3, columns=columns, outliers=False)
 
 
@@ -140,8 +140,8 @@ def compile_one(wanted: Variant | prefill.Variant, compiler: str) -> Compiled:
     lines = _instructions(sass)
     loop = _main_loop(lines)
     operations = Counter(operation.partition(".")[0] for _, operation in lines)
-    # a turn of moe.cu's loop is a stage of one tile, of prefill.cu's a chunk of 128 columns of two; of 128 threads either way
-    weights_of_a_turn = 64 * 2 * 128 if many else 64 * wanted.sizes.stage.columns
+    # a turn of moe.cu's loop is a stage of one tile, of prefill.cu's a stage of two; of 128 threads either way
+    weights_of_a_turn = (prefill.WARPGROUP_TILES if many else 1) * 64 * wanted.sizes.stage.columns
     return Compiled(
         variant=wanted,
         compiler=compiler,
