@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ INSIDE: dict[Scope, str] = {
     "layer": "router logits given, bf16 in, bf16 out: top-k, softmax, padding, activation quantization, experts, weighted sum",
 }
 TRACE_WARMUP_US = 30_000.0  # an idle H200 falls to 345 MHz while the profiler starts
+WAKE_S = 0.25  # of load before a process's first canary
 MOST_REPEATED = 8  # inputs of the repeat check, whose expected outputs are kept
 REPEAT_S, REPEAT_CPU_S = 0.4, 0.25  # 300 launches fit up to about 1000 tokens on an H200
 MOST_FREE_SHARE = 0.6  # of free device memory that weight copies may take
@@ -369,10 +371,22 @@ def cloned(layer: Layer) -> Layer:
     return replace(layer, w13=copy(layer.w13), w2=copy(layer.w2), b13=b13, b2=b2)
 
 
+@cache
+def _wake() -> None:
+    """Load a GPU that has idled until its clocks are up. A process's first canary was 10 % slower than the next without it."""
+    matrix = torch.zeros(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    until = perf_counter() + WAKE_S
+    while perf_counter() < until:
+        for _ in range(20):
+            torch.mm(matrix, matrix)
+        torch.cuda.synchronize()
+
+
 def canary_us(samples: int = 10) -> float:
     """The fastest of some copies of 256 MiB, which no kernel under test can change: about 127 us on an H200.
 
     Not the median: right after a large reference calculation the first few copies took 10 % longer there."""
+    _wake()
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times: list[float] = []
