@@ -90,7 +90,7 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
   for (int i = 0; i < THREADS; i++) {
     void** top = (void**)(stacks + STACK * (i + 1)) - 2;
     *top = (void*)thread_main;  // the stack as if thread_main had just been called
-    threads[i] = {top - 6, {i}, false, {{}}, {}};
+    threads[i] = {top - 6, {i}, false, nullptr, 0, 0, {{}}, {}};
   }
   std::mt19937 random(seed * 1000 + index);
   unsigned slowness[64] = {};
@@ -126,12 +126,16 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
     for (int warp = 0; warp < WARPS; warp++) {
       if (slowness[warp] && random() % (slowness[warp] + 1)) continue;
       for (int i = warp * 32; i < warp * 32 + 32; i++) {
-        if (threads[i].done) continue;
+        if (threads[i].done || (threads[i].watched && (*threads[i].watched & threads[i].mask) == threads[i].old)) continue;
+        block.turns++;
         block.current = &threads[i];
         switch_stack(&block.scheduler, threads[i].stack_pointer);
         alive -= threads[i].done;
       }
     }
+    // There are more blocks than cores: one that waits for the others lets them have its core.
+    if (block.turns == block.polls) std::this_thread::yield();
+    block.turns = block.polls = 0;
     if (round % 1024 == 1023) {
       std::this_thread::yield();
       if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > seconds) stuck = true;
