@@ -1,9 +1,22 @@
-"""What ptxas makes of every variant of the Hopper kernel, compiled here for a GPU that is not here."""
+"""What ptxas makes of every variant of the Hopper kernel, compiled here for a GPU that is not here, against the numbers in tests/compiled.
+
+After a change that is meant: `moebench compile hopper_mxfp4_bf16 --arch sm90 --json > tests/compiled/hopper_mxfp4_bf16.json`."""
+
+import json
+import shutil
+from functools import cache
 
 import pytest
 
-from moebench.kernels.hopper_mxfp4_bf16_details.aot import compile_one, compilers, disassembler, prefill_variants, variants
+from moebench.backend import CannotBuild
+from moebench.compiled import from_dict, unjudged, worse
+from moebench.kernels.hopper_mxfp4_bf16 import HopperMxfp4Bf16
+from moebench.kernels.hopper_mxfp4_bf16_details import aot
+from moebench.kernels.hopper_mxfp4_bf16_details.aot import compilers, disassembler, prefill_variants, variants
 from moebench.kernels.hopper_mxfp4_bf16_details.shape import SHARED_BYTES
+from tests.running import ROOT
+
+STORED = ROOT / "tests" / "compiled" / "hopper_mxfp4_bf16.json"
 
 if not compilers():
     pytest.skip("no CUDA compiler: neither nvcc nor cuda-bindings with NVRTC is installed", allow_module_level=True)
@@ -12,13 +25,20 @@ if disassembler() is None:
 
 REGISTERS = 128  # 65536 over 416 threads, of which each quarter of a multiprocessor has up to 4 warps
 LOOP_LIMIT = 2.1  # instructions for a weight: 10 of every 8 weights expand them, scales take 2, the rest loads, waits and multiplies
+compiled_once = cache(aot.compile_one)  # 2 to 5 s each
 
 
-@pytest.fixture(scope="module", params=compilers())
-def compiled(request, tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def no_earlier_cubins(tmp_path_factory):
+    """This is to see the compiler run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))  # this is to see the compiler run
-        return [compile_one(variant, request.param) for variant in variants()]
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))
+        yield
+
+
+@pytest.fixture(params=compilers())
+def compiled(request):
+    return [compiled_once(variant, request.param) for variant in variants()]
 
 
 def test_no_main_loop_spills_and_elsewhere_it_is_little(compiled):
@@ -53,11 +73,9 @@ PREFILL_LOOP_LIMIT = {"bf16": 3.2, "e4m3 pair": 2.0}
 PREFILL_WAITS = {"bf16": 4, "e4m3 pair": 4}  # units of a chunk; for each e4m3 unit one of two waits runs
 
 
-@pytest.fixture(scope="module", params=compilers())
-def compiled_prefill(request, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cubins")))
-        return [compile_one(variant, request.param) for variant in prefill_variants()]
+@pytest.fixture(params=compilers())
+def compiled_prefill(request):
+    return [compiled_once(variant, request.param) for variant in prefill_variants()]
 
 
 def test_no_main_loop_of_prefill_spills_or_waits_for_single_products(compiled_prefill):
@@ -74,3 +92,22 @@ def test_products_of_prefill_are_of_its_format_and_its_main_loops_stay_short(com
         used = kernel.variant.format
         assert kernel.mma_kinds == ({"HGMMA": 24} if used.bf16 else {"QGMMA": 12}), kernel.variant
         assert 1.5 < kernel.loop_instructions_per_weight < PREFILL_LOOP_LIMIT[used.name], kernel.variant
+
+
+# --- the stored numbers
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+def test_no_variant_is_worse_than_its_stored_numbers(monkeypatch):
+    """By nvcc: NVRTC's differ from release to release (8 or 16 bytes of stack)."""
+    monkeypatch.setattr(aot, "compilers", lambda: ["nvcc"])
+    monkeypatch.setattr(aot, "compile_one", compiled_once)
+    found = list(HopperMxfp4Bf16().compiled("sm90"))
+    stored = [from_dict(row, str(STORED)) for row in json.loads(STORED.read_text())["kernels"]]
+    assert {(row.compiler, row.arch) for row in stored} == {("nvcc", "sm90")}
+    assert (list(worse(stored, found)), unjudged(stored, found)) == ([], [])
+
+
+def test_for_another_gpu_there_is_a_sentence():
+    with pytest.raises(CannotBuild, match="uses Hopper's warpgroup instructions, which only sm90 has; it is not for sm100"):
+        list(HopperMxfp4Bf16().compiled("sm100"))
