@@ -1,6 +1,7 @@
 PYTHON ?= python3
 EXTRAS ?=
 RUN ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -12,7 +13,7 @@ help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; EXTRAS=flashinfer,gpu adds optional parts to make sweep;"
-	@echo "RUN=DIR is the run that make report prints (default: the newest)."
+	@echo "RUN=DIR is the run that make report prints (default: the newest); JOBS=N: make test runs N files of tests beside each other."
 
 sweep: .venv/.sweep-$(EXTRAS) ## run the plan `quick` here; it ends by saying where its report is
 	@$(BIN)/moebench sweep --plan quick
@@ -24,7 +25,7 @@ example: .venv/.sweep-$(EXTRAS) ## docs/example and README's example from a run:
 	@$(BIN)/python docs/make_example.py $(or $(RUN),docs/example)
 
 test: .venv/.test lint types ## lint, types, and every test that needs no GPU, with coverage
-	$(BIN)/python -m pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test ## ruff: rules and format, nothing is changed
 	$(BIN)/ruff check .

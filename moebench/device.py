@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +32,9 @@ class Device:
 
 
 def detect() -> Device:
-    """Ask torch; imports it, so the supervisor asks a worker instead."""
+    """Ask torch; imports it, so the supervisor asks a worker instead. Only a torch whose version says that it knows no GPU is not asked."""
+    if "torch" not in sys.modules and versions().get("torch", "").endswith("+cpu"):
+        return _cpu("cpu")  # importing it takes 3 s of a core
     try:
         import torch
     except ImportError:

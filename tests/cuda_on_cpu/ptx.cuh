@@ -32,7 +32,7 @@ template <class T> T max(T a, T b) { return a < b ? b : a; }
 
 // ---- one block: its threads take turns in one thread of the CPU
 
-struct Meeting { int count = 0; long times = 0; };
+struct Meeting { int count = 0, times = 0; };
 struct Mma { const u32* a; u64 b; int accumulate; float* d; int values; bool bf16; };  // a is read when the product is waited for
 struct Piece { u32 to; const void* from; };
 struct Arrival { std::vector<Piece> pieces; u32 barrier; };
@@ -44,6 +44,8 @@ struct Thread {
   void* stack_pointer;
   Index index;
   bool done;
+  const int* watched;                 // it gets no turn while `*watched & mask` is `old`: it would only look and yield again
+  int mask, old;
   std::deque<std::vector<Mma>> mmas;     // groups; the last one is not committed yet
   std::vector<Piece> pieces;          // copies of 16 bytes that nobody waits for yet
 };
@@ -55,6 +57,7 @@ struct Block {
   Thread* thread;
   Thread* current;
   void* scheduler;
+  long turns, polls;                  // turns of its threads, and those that ended in a look at memory that another block may change
   Meeting all, named[16], warps[64];
   u64 exchanged[64][32];
   std::vector<Copy> copies;
@@ -69,13 +72,22 @@ void yield();
 #define gridDim (emulated_block->grid)
 #define shared_memory (emulated_block->memory)
 
+inline void wait_while(const int* watched, int mask, int old) {
+  Thread* thread = emulated_block->current;
+  thread->mask = mask;
+  thread->old = old;
+  thread->watched = watched;
+  while ((*(volatile const int*)watched & mask) == old) yield();
+  thread->watched = nullptr;
+}
+
 inline void meet(Meeting& meeting, int threads) {
-  long times = meeting.times;
+  int times = meeting.times;
   if (++meeting.count == threads) {
     meeting.count = 0;
     meeting.times++;
   } else {
-    while (meeting.times == times) yield();
+    wait_while(&meeting.times, -1, times);
   }
 }
 
@@ -155,6 +167,7 @@ inline u32 atomicMax(u32* at, u32 value) {
   return before;
 }
 inline int load_acquire(const int* flag) {
+  emulated_block->polls++;
   yield();
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
 }
@@ -198,7 +211,7 @@ inline void barrier_arrive_and_expect(u32 address, u32 bytes) {
   barrier_arrive(address);
 }
 inline void barrier_wait(u32 address, u32 parity) {
-  while ((u32)(barrier_at(address).phase_and_bytes & 1) == parity) yield();
+  wait_while(&barrier_at(address).phase_and_bytes, 1, (int)parity);
 }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
   memset(shared_memory + to, 0xFF, bytes);  // nobody may read it any more, nor yet

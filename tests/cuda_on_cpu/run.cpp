@@ -44,15 +44,20 @@ static float E4M3[256];
 
 float product(const u32 (&fragments)[4][4], bool bf16, int half, const u8* memory, u32 address, int column) {
   float sum = 0;
-  for (int k = 0; k < (bf16 ? 16 : 32); k++) {
-    u32 at = address + (column >> 3) * 1024 + (column & 7) * 128 + (bf16 ? 2 * k : k);
-    at ^= (at >> 7 & 7) << 4;  // 128-byte swizzle, of the address
-    if (bf16) {
-      u32 word = fragments[k >> 1 & 3][half + 2 * (k >> 3)];
-      sum += __uint_as_float((k & 1 ? word >> 16 : word & 0xFFFF) << 16) * __uint_as_float((u32)(memory[at] | memory[at + 1] << 8) << 16);
-    } else {
-      u32 word = fragments[k >> 2 & 3][half + 2 * (k >> 4)];
-      sum += E4M3[word >> (8 * (k & 3)) & 0xFF] * E4M3[memory[at]];
+  for (int part = 0; part < 2; part++) {
+    u32 at = address + (column >> 3) * 1024 + (column & 7) * 128 + 16 * part;
+    at ^= (at >> 7 & 7) << 4;  // 128-byte swizzle, of the address: 16 bytes stay together
+    const u8* b = memory + at;
+    for (int c = 0; c < 4; c++) {
+      u32 word = fragments[c][half + 2 * part];
+      if (bf16) {
+        u32 values;
+        memcpy(&values, b + 4 * c, 4);
+        sum += __uint_as_float(word << 16) * __uint_as_float(values << 16);
+        sum += __uint_as_float(word & 0xFFFF0000) * __uint_as_float(values & 0xFFFF0000);
+      } else {
+        for (int i = 0; i < 4; i++) sum += E4M3[word >> (8 * i) & 0xFF] * E4M3[b[4 * c + i]];
+      }
     }
   }
   return sum;
@@ -90,7 +95,7 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
   for (int i = 0; i < THREADS; i++) {
     void** top = (void**)(stacks + STACK * (i + 1)) - 2;
     *top = (void*)thread_main;  // the stack as if thread_main had just been called
-    threads[i] = {top - 6, {i}, false, {{}}, {}};
+    threads[i] = {top - 6, {i}, false, nullptr, 0, 0, {{}}, {}};
   }
   std::mt19937 random(seed * 1000 + index);
   unsigned slowness[64] = {};
@@ -126,12 +131,16 @@ static void run_block(int index, int blocks, unsigned seed, double seconds) {
     for (int warp = 0; warp < WARPS; warp++) {
       if (slowness[warp] && random() % (slowness[warp] + 1)) continue;
       for (int i = warp * 32; i < warp * 32 + 32; i++) {
-        if (threads[i].done) continue;
+        if (threads[i].done || (threads[i].watched && (*threads[i].watched & threads[i].mask) == threads[i].old)) continue;
+        block.turns++;
         block.current = &threads[i];
         switch_stack(&block.scheduler, threads[i].stack_pointer);
         alive -= threads[i].done;
       }
     }
+    // There are more blocks than cores: one that waits for the others lets them have its core.
+    if (block.polls && block.turns == block.polls) std::this_thread::yield();
+    block.turns = block.polls = 0;
     if (round % 1024 == 1023) {
       std::this_thread::yield();
       if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > seconds) stuck = true;
