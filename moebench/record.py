@@ -296,34 +296,22 @@ def to_json(item: Record | Manifest) -> str:
     return json.dumps(asdict(item), allow_nan=False, separators=(",", ":"))
 
 
-def record_from_dict(row: Mapping[str, object], made: Mapping[str, object] | None = None) -> Record:
-    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out.
-
-    made: fields that the caller has from field_from_json already; what the row holds of them is not looked at."""
+def record_from_dict(row: Mapping[str, object]) -> Record:
+    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out."""
     newer = row["schema"] != SCHEMA and _minor(str(row["schema"])) > _minor(SCHEMA)
     values = _known(row) if newer else dict(row)
-    values.update(made or {})
-    for name in _COMPOUND:
-        if made is None or name not in made:
-            value = values[name] if name == "case" else values.get(name)
-            if value is not None:
-                values[name] = field_from_json(name, value)
+    values["case"] = Case(**values["case"])  # type: ignore[arg-type]
+    if values.get("kernels") is not None:
+        values["kernels"] = tuple(_part(Kernel, kernel) for kernel in values["kernels"])  # type: ignore[attr-defined]
+    for name, kind in _PARTS.items():
+        value = values.get(name)
+        if isinstance(value, dict):  # what is of another kind altogether stays as it is
+            if isinstance(value.get("proof"), dict):  # of a timing
+                value = {**value, "proof": _part(L2Proof, value["proof"])}
+            values[name] = _part(kind, value)
     if values["status"] not in STATUSES:
         raise ValueError(f"status {values['status']!r} is not one of {', '.join(STATUSES)}")
-    return _made(Record, values)
-
-
-def field_from_json(name: str, value: object) -> object:
-    """The value of a field of Record. Raises as record_from_dict; what is of another kind altogether is given back as it is."""
-    if name == "kernels":
-        return tuple(_part(Kernel, kernel) for kernel in value)  # type: ignore[attr-defined]
-    if name == "case":
-        return Case(**value)  # type: ignore[arg-type]
-    if not isinstance(value, dict) or name not in _PARTS:
-        return value
-    if isinstance(value.get("proof"), dict):  # of a timing
-        value = {**value, "proof": _part(L2Proof, value["proof"])}
-    return _part(_PARTS[name], value)
+    return Record(**values)  # type: ignore[arg-type]  # misfit looks at them
 
 
 _LISTS: dict[type, tuple[str, ...]] = {Timing: ("samples_us", "window_s"), Realized: ("pairs_per_rank",), Telemetry: ("sm_mhz", "window_s")}
@@ -336,7 +324,6 @@ _PARTS: dict[str, type] = {
     "telemetry": Telemetry,
     "canary": Canary,
 }
-_COMPOUND = ("case", "kernels", *_PARTS)
 
 
 def _part(kind: type[T], value: dict[str, object]) -> T:
@@ -345,17 +332,7 @@ def _part(kind: type[T], value: dict[str, object]) -> T:
         content = value.get(name)
         if isinstance(content, list):
             lists[name] = tuple(content)
-    return _made(kind, value | lists if lists else value)
-
-
-def _made(kind: type[T], values: dict[str, object]) -> T:
-    """kind(**values), in a third of its time where all fields are there and in their order: a frozen one assigns them one by one."""
-    names = _names(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
-    if list(values) != names:
-        return kind(**values)
-    made = object.__new__(kind)
-    made.__dict__.update(zip(names, values.values(), strict=True))  # the names of the class, which all of its instances share
-    return made
+    return kind(**(value | lists))
 
 
 def _known(row: Mapping[str, object]) -> dict[str, object]:
@@ -369,7 +346,6 @@ def _known(row: Mapping[str, object]) -> dict[str, object]:
 
 @cache
 def _names(kind: type) -> list[str]:
-    assert not hasattr(kind, "__post_init__")  # _made would leave it out
     return [f.name for f in fields(kind)]
 
 
