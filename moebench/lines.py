@@ -15,8 +15,13 @@ from moebench.record import Record, Timing
 
 # Fields that are the same in many lines, by the class that has them: each text of one is decoded once for all of them.
 # They are most of a line: kernels alone are up to 6.7 of 9 KB.
-SHARED = {Record: frozenset({"case", "error", "routing", "kernels", "contract", "roofline"}), Timing: frozenset({"proof"})}
+SHARED: dict[type, frozenset[str]] = {
+    Record: frozenset({"case", "error", "routing", "kernels", "contract", "roofline"}),
+    Timing: frozenset({"proof"}),
+}
 MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
+
+NAMED: dict[type, frozenset[str]] = {Record: frozenset({"schema"})}  # fields with a default that a line has to have all the same
 
 T = TypeVar("T")
 _Make = Callable[[Any], Any]  # from what msgspec decoded to what a record holds
@@ -61,6 +66,8 @@ def _struct(kind: type) -> type[msgspec.Struct]:
         if field.name in SHARED.get(kind, ()):
             annotation = msgspec.Raw
             default = default if default is msgspec.NODEFAULT else msgspec.Raw(msgspec.json.encode(default))
+        if field.name in NAMED.get(kind, ()):
+            default = msgspec.NODEFAULT
         twins.append((field.name, annotation, default))
     # gc=False: they live for one line and hold no cycles
     return msgspec.defstruct(f"{kind.__name__}Line", twins, kw_only=True, forbid_unknown_fields=True, gc=False)

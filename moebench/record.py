@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
-from itertools import pairwise
+from operator import mul
 from statistics import fmean, median, quantiles
 from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
 from moebench.device import Device
-from moebench.routing import Realized
+from moebench.realized import Realized
 
 # Schema history; a newer major is not readable by older code.
 # 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
@@ -105,15 +105,20 @@ class Timing:
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
+    @cached_property
+    def _ordered_us(self) -> list[float]:
+        """Sorted once for median, quartiles and interval: 6 us for 60 samples, of 30 that a row of a table takes."""
+        return sorted(self.samples_us)
+
     @cached_property  # reports and the gate ask for it again and again
     def median_us(self) -> float:
-        return median(self.samples_us)
+        return median(self._ordered_us)
 
     @property
     def quartiles_us(self) -> tuple[float, float]:
         if len(self.samples_us) < 2:
             return self.samples_us[0], self.samples_us[0]
-        q1, _, q3 = quantiles(self.samples_us, n=4, method="inclusive")
+        q1, _, q3 = quantiles(self._ordered_us, n=4, method="inclusive")
         return q1, q3
 
     @property
@@ -124,16 +129,16 @@ class Timing:
             return float(n)
         mean = fmean(self.samples_us)
         off = [sample - mean for sample in self.samples_us]
-        total = sum(x * x for x in off)
+        total: float = sum(map(mul, off, off))
         if total <= (1e-9 * mean) ** 2 * n:
             return float(n)
-        lag1 = sum(a * b for a, b in pairwise(off)) / total
+        lag1: float = sum(map(mul, off, off[1:])) / total  # map ends with the shorter one
         return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
 
     @property
     def interval_us(self) -> tuple[float, float]:
         """95 % interval of the median from order statistics, wider where neighbouring samples resemble each other."""
-        ordered = sorted(self.samples_us)
+        ordered = self._ordered_us
         n = len(ordered)
         # 1.96 standard deviations of a binomial(n, 1/2) count, as if only the effective samples had been drawn
         half = 0.98 * n**0.5 * (n / max(self.effective_samples, 1.0)) ** 0.5

@@ -15,8 +15,8 @@ from zlib import crc32
 from moebench.case import case
 from moebench.device import Device
 from moebench.journal import load_run, merge, write_manifest
+from moebench.realized import Realized
 from moebench.record import Error, Kernel, Manifest, Record, Timing, to_json
-from moebench.routing import Realized
 
 BACKENDS = ("cutlass_mxfp4_bf16", "marlin_mxfp4_bf16", "openai_triton_kernels", "triton_mxfp4_bf16")
 TOKENS = tuple(2**exponent for exponent in range(15))

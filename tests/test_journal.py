@@ -19,8 +19,8 @@ from moebench.device import Device
 from moebench.failure import shortage
 from moebench.journal import InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
 from moebench.lines import SHARED
+from moebench.realized import Realized
 from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
-from moebench.routing import Realized
 from tests import rounds
 from tests.running import ENVIRONMENT, ROOT
 
