@@ -89,30 +89,29 @@ def _maker(annotation: object) -> _Make | None:
 
 
 def _maker_of_one(kind: type[T]) -> Callable[[msgspec.Struct], T]:
-    own: list[tuple[int, _Make]] = []
-    shared: list[tuple[int, dict[bytes, object], _Make]] = []
-    for place, (name, annotation) in enumerate(hints(kind).items()):
+    own: list[tuple[str, _Make]] = []
+    shared: list[tuple[str, dict[bytes, object], _Make]] = []
+    for name, annotation in hints(kind).items():
         make = _maker(annotation)
         if name in SHARED.get(kind, ()):
             known: dict[bytes, object] = {}
-            shared.append((place, known, _keeping(known, _decoder(_twin(annotation)).decode, make)))
+            shared.append((name, known, _keeping(known, _decoder(_twin(annotation)).decode, make)))
         elif make:
-            own.append((place, make))
-    names = tuple(hints(kind))
+            own.append((name, make))
     checked = hasattr(kind, "__post_init__")
 
     def make_one(decoded: msgspec.Struct) -> T:
-        values = list(msgspec.structs.astuple(decoded))
-        for place, known, keep in shared:
-            text = bytes(values[place])
-            values[place] = known[text] if text in known else keep(text)
-        for place, make in own:
-            if values[place] is not None:
-                values[place] = make(values[place])
+        values = msgspec.structs.asdict(decoded)
+        for name, known, keep in shared:
+            text = bytes(values[name])
+            values[name] = known[text] if text in known else keep(text)
+        for name, make in own:
+            if values[name] is not None:
+                values[name] = make(values[name])
         if checked:
-            return kind(**dict(zip(names, values, strict=True)))
-        made = object.__new__(kind)  # a third of the time of kind(**values): a frozen one assigns them one by one
-        made.__dict__.update(zip(names, values, strict=True))  # the names of the class, which all of its instances share
+            return kind(**values)
+        made = object.__new__(kind)  # a quarter of the time of kind(**values): a frozen one assigns them one by one
+        object.__setattr__(made, "__dict__", values)
         return made
 
     return make_one
