@@ -10,10 +10,11 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -204,18 +205,22 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     temporary.replace(path / MANIFEST)
 
 
-def merge(runs: Iterable[Run]) -> list[Record]:
+def merge(runs: Sequence[Run]) -> list[Record]:
     """One record per key, scope, round and contract. A later one beats an earlier one, a measured row beats a skip, which another
     machine wrote for an arch that is not its own, and a time beats the failure before it."""
     chosen: dict[tuple[object, ...], Record] = {}
-    attempted: set[tuple[object, ...]] = set()
-    for record in sorted((r for run in runs for r in run.records), key=lambda r: r.time):
+    untimed = skipped = False
+    for record in sorted((r for run in runs for r in run.records), key=attrgetter("time")):
         cell = record.case, record.backend, record.arch, record.scope, record.round  # hashing a case takes 1 us, writing its key 4
-        if record.timing:
+        if record.timing is None:
+            untimed = True
+        elif untimed:
             chosen.pop((*cell, ""), None)
+        skipped = skipped or record.status == "skipped"
         chosen[*cell, record.contract_id] = record
-        if record.status != "skipped":
-            attempted.add(cell[:3])
+    if not skipped:
+        return list(chosen.values())
+    attempted = {(r.case, r.backend, r.arch) for run in runs for r in run.records if r.status != "skipped"}
     return [r for r in chosen.values() if r.status != "skipped" or (r.case, r.backend, r.arch) not in attempted]
 
 
