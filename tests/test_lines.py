@@ -42,9 +42,16 @@ def slowly(body):
 def agree(body):
     quick = in_one_pass(body)
     if quick is not None:
-        assert quick == slowly(body)
+        known = slowly(body)
+        assert isinstance(known, Record), known
+        assert in_floats(quick) == in_floats(known)
         assert misfit(quick, Record, "it") == ""
     return quick
+
+
+def in_floats(record):
+    """Field by field an integer stays one where a float belongs, and 2 ** 53 + 1 is no float."""
+    return json.loads(to_json(record), parse_int=float)
 
 
 def places(value, path=()):
