@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
 
-from moebench.case import Case
+from moebench.case import Case, layer_of
 from moebench.compare import Rounds, ratio, rounds_of, usable
 from moebench.record import Record, Scope
 
@@ -93,14 +93,12 @@ def crossovers(records: Iterable[Record], allowed: Allowed | None = None) -> lis
 
     A table in which a backend is alone is left out where others of that model, device and scope were measured against each other."""
     families: dict[tuple[Case, str, str, Scope], list[Record]] = defaultdict(list)
-    blanks: dict[tuple[str | int, ...], Case] = {}  # replace() takes 10 us, half of what a record takes in all
+    blanks: dict[tuple[str | int, ...], Case] = {}
     for record in records:
-        case = record.case
-        sizes = case.hidden_size, case.intermediate_size, case.num_experts, case.top_k, case.tp_size, case.ep_size
-        alike = case.model, case.routing, case.seed, *sizes
-        if alike not in blanks:
-            blanks[alike] = replace(case, num_tokens=0, ep_rank=0, tp_rank=0)
-        blank = blanks[alike]
+        layer = layer_of(record.case)
+        if layer not in blanks:
+            blanks[layer] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
+        blank = blanks[layer]
         if allowed is None or allowed(record.backend, blank, record.arch):
             families[blank, record.arch, record.device, record.scope].append(record)
     found: list[Crossover] = []

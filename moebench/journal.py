@@ -22,7 +22,7 @@ from zlib import crc32
 
 from moebench.conform import misfit
 from moebench.device import Device
-from moebench.lines import reader
+from moebench.lines import EXPERTS_LIMIT, reader
 from moebench.record import SCHEMA, Manifest, Record, RecordError, Status, record_from_dict, to_json
 
 RUNS = Path("runs")  # where a run goes that is not told otherwise
@@ -32,7 +32,6 @@ LOCK = ".lock"
 PLAIN = ("1.0", "1.1")  # schemas whose lines had no checksum
 JOURNAL_BYTES_LIMIT = 1 << 30  # 20 000 points of 400 samples are a tenth of it
 MANIFEST_BYTES_LIMIT = 64 << 20
-EXPERTS_LIMIT = 1 << 16
 # What a second attempt may change; --resume makes one. Every other status is a result.
 RETRYABLE: frozenset[Status] = frozenset({"hang", "crash", "oom", "cuda_error", "compile_timeout", "failed"})
 ATTEMPTS = 2
@@ -265,11 +264,7 @@ def _parse(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> 
 
 def _is_sound(record: Record, plain: bool) -> bool:
     """What its types do not say."""
-    return (
-        record.schema in (PLAIN if plain else (SCHEMA, *PLAIN))
-        and record.case.num_experts <= EXPERTS_LIMIT
-        and (record.timing is None or bool(record.timing.samples_us))
-    )
+    return record.schema in (PLAIN if plain else (SCHEMA, *PLAIN)) and (record.timing is None or bool(record.timing.samples_us))
 
 
 def _parse_slowly(body: bytes, plain: bool) -> Record:

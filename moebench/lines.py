@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
+from moebench.case import Case
 from moebench.conform import hints
 from moebench.record import Record, Timing
 
@@ -22,6 +23,9 @@ SHARED: dict[type, frozenset[str]] = {
 MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
 
 NAMED: dict[type, frozenset[str]] = {Record: frozenset({"schema"})}  # fields with a default that a line has to have all the same
+EXPERTS_LIMIT = 1 << 16
+# What has to hold before a value is made: a case names the sizes that its number of experts can be divided by, one by one.
+BOUNDED: dict[type, dict[str, Any]] = {Case: {"num_experts": Annotated[int, msgspec.Meta(le=EXPERTS_LIMIT)]}}
 
 T = TypeVar("T")
 _Make = Callable[[Any], Any]  # from what msgspec decoded to what a record holds
@@ -59,7 +63,7 @@ def _twin(annotation: object) -> Any:
 def _struct(kind: type) -> type[msgspec.Struct]:
     twins: list[tuple[str, Any, Any]] = []
     for field in fields(kind):
-        annotation = _twin(hints(kind)[field.name])
+        annotation = BOUNDED.get(kind, {}).get(field.name) or _twin(hints(kind)[field.name])
         default: Any = msgspec.NODEFAULT if field.default is MISSING else field.default
         if field.default_factory is not MISSING:
             default = msgspec.field(default_factory=field.default_factory)
@@ -90,21 +94,22 @@ def _maker(annotation: object) -> _Make | None:
 
 def _maker_of_one(kind: type[T]) -> Callable[[msgspec.Struct], T]:
     own: list[tuple[str, _Make]] = []
-    shared: list[tuple[str, dict[bytes, object], _Make]] = []
+    shared: list[tuple[str, list[Any], _Make]] = []
     for name, annotation in hints(kind).items():
         make = _maker(annotation)
         if name in SHARED.get(kind, ()):
-            known: dict[bytes, object] = {}
-            shared.append((name, known, _keeping(known, _decoder(_twin(annotation)).decode, make)))
+            shared.append((name, [None, None], _keeping(_decoder(_twin(annotation)).decode, make)))
         elif make:
             own.append((name, make))
     checked = hasattr(kind, "__post_init__")
 
     def make_one(decoded: msgspec.Struct) -> T:
         values = msgspec.structs.asdict(decoded)
-        for name, known, keep in shared:
+        for name, latest, find in shared:
             text = bytes(values[name])
-            values[name] = known[text] if text in known else keep(text)
+            if text != latest[0]:  # most often it is that of the line before, and to look 7 KB up takes 4 us for their hash
+                latest[:] = text, find(text)
+            values[name] = latest[1]
         for name, make in own:
             if values[name] is not None:
                 values[name] = make(values[name])
@@ -117,15 +122,19 @@ def _maker_of_one(kind: type[T]) -> Callable[[msgspec.Struct], T]:
     return make_one
 
 
-def _keeping(known: dict[bytes, object], decode: Callable[[bytes], Any], make: _Make | None) -> Callable[[bytes], object]:
-    def keep(text: bytes) -> object:
+def _keeping(decode: Callable[[bytes], Any], make: _Make | None) -> Callable[[bytes], object]:
+    known: dict[bytes, object] = {}
+
+    def find(text: bytes) -> object:
+        if text in known:
+            return known[text]
         decoded = decode(text)
         value = decoded if make is None or decoded is None else make(decoded)
         if len(known) < MOST_SEEN:
             known[text] = value
         return value
 
-    return keep
+    return find
 
 
 def _optional(annotation: object) -> object:

@@ -105,6 +105,15 @@ def test_an_unreadable_line_is_named(tmp_path, line, part):
         load_run(path)
 
 
+def test_a_case_of_too_many_experts_is_refused_before_anything_counts_them(tmp_path):
+    text = to_json(RECORD).replace('"num_experts":8', '"num_experts":1000000000000000').replace('"ep_size":1', '"ep_size":7')
+    path = run_directory(tmp_path / "run", RECORD)
+    with (path / "journal.jsonl").open("a") as file:
+        file.write(checked(text) + "\n")
+    with pytest.raises(RecordError, match=r"case\.num_experts is 1000000000000000; the limit is 65536"):
+        load_run(path)  # its error would name all numbers that divide the number of experts
+
+
 def test_a_manifest_of_a_newer_minor_schema_is_read_without_what_it_added(tmp_path):
     path = run_directory(tmp_path / "run", RECORD)
     row = json.loads((path / "run.json").read_text())
