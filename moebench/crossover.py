@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
@@ -89,6 +89,11 @@ class _Entry:
 
 
 def crossovers(records: Iterable[Record], allowed: Allowed | None = None) -> list[Crossover]:
+    """All of them, as one_by_one makes them."""
+    return list(one_by_one(records, allowed))
+
+
+def one_by_one(records: Iterable[Record], allowed: Allowed | None = None) -> Iterator[Crossover]:
     """A table per activation format, then one over all where there are several; only of backends that are allowed.
 
     A table in which a backend is alone is left out where others of that model, device and scope were measured against each other."""
@@ -101,14 +106,12 @@ def crossovers(records: Iterable[Record], allowed: Allowed | None = None) -> lis
         blank = blanks[layer]
         if allowed is None or allowed(record.backend, blank, record.arch):
             families[blank, record.arch, record.device, record.scope].append(record)
-    found: list[Crossover] = []
     for (case, arch, device, scope), rows in families.items():
         contracts = dict.fromkeys(record.contract_id for record in rows if usable(record))
         tables = [table for contract_id in contracts for table in _tables(case, arch, device, scope, contract_id, rows)]
         contested = [table for table in tables if len(_backends(table)) > 1]
         formats = {table.act_dtype for table in contested}
-        found += [table for table in tables if table in contested or table.act_dtype not in formats]
-    return found
+        yield from (table for table in tables if table in contested or table.act_dtype not in formats)
 
 
 def _tables(case: Case, arch: str, device: str, scope: Scope, contract_id: str, rows: Sequence[Record]) -> list[Crossover]:

@@ -135,7 +135,7 @@ class Timing:
         lag1: float = sum(map(mul, off, off[1:])) / total  # map ends with the shorter one
         return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
 
-    @property
+    @cached_property  # that of the fastest is compared with all others'
     def interval_us(self) -> tuple[float, float]:
         """95 % interval of the median from order statistics, wider where neighbouring samples resemble each other."""
         ordered = self._ordered_us
