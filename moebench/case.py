@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from functools import cached_property
+from operator import attrgetter
 
 BLOCK = 32  # elements along K that share one E8M0 scale; tensor-parallel shards are multiples of it
 
@@ -101,7 +102,7 @@ class Case:
     @cached_property
     def _hash(self) -> int:
         """Computed once: the gate alone asks for it four times a record."""
-        return hash(tuple(getattr(self, name) for name in CASE_FIELDS))
+        return hash(_values(self))
 
     @property
     def key(self) -> str:
@@ -211,3 +212,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 CASE_FIELDS = tuple(field.name for field in fields(Case))
+_values = attrgetter(*CASE_FIELDS)
+# What cases of one layer and its ranks have in common, as a tuple: 0.3 us, where replace() takes 10.
+layer_of = attrgetter(*(name for name in CASE_FIELDS if name not in ("num_tokens", "ep_rank", "tp_rank")))

@@ -243,7 +243,10 @@ def _variance(values: Sequence[float]) -> float:
 def sides(records: Iterable[Record]) -> dict[tuple[Case, str, Scope], Side]:
     found: dict[tuple[Case, str, Scope], Side] = {}
     for record in records:
-        side = found.setdefault((record.case, record.backend, record.scope), Side())
+        key = record.case, record.backend, record.scope
+        side = found.get(key)
+        if side is None:
+            side = found[key] = Side()
         if usable(record):
             side.timed[record.device, record.contract_id].append(record)
         else:

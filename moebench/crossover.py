@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
 
-from moebench.case import Case
+from moebench.case import Case, layer_of
 from moebench.compare import Rounds, ratio, rounds_of, usable
 from moebench.record import Record, Scope
 
@@ -89,28 +89,29 @@ class _Entry:
 
 
 def crossovers(records: Iterable[Record], allowed: Allowed | None = None) -> list[Crossover]:
+    """All of them, as one_by_one makes them."""
+    return list(one_by_one(records, allowed))
+
+
+def one_by_one(records: Iterable[Record], allowed: Allowed | None = None) -> Iterator[Crossover]:
     """A table per activation format, then one over all where there are several; only of backends that are allowed.
 
     A table in which a backend is alone is left out where others of that model, device and scope were measured against each other."""
     families: dict[tuple[Case, str, str, Scope], list[Record]] = defaultdict(list)
-    blanks: dict[tuple[str | int, ...], Case] = {}  # replace() takes 10 us, half of what a record takes in all
+    blanks: dict[tuple[str | int, ...], Case] = {}
     for record in records:
-        case = record.case
-        sizes = case.hidden_size, case.intermediate_size, case.num_experts, case.top_k, case.tp_size, case.ep_size
-        alike = case.model, case.routing, case.seed, *sizes
-        if alike not in blanks:
-            blanks[alike] = replace(case, num_tokens=0, ep_rank=0, tp_rank=0)
-        blank = blanks[alike]
+        layer = layer_of(record.case)
+        if layer not in blanks:
+            blanks[layer] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
+        blank = blanks[layer]
         if allowed is None or allowed(record.backend, blank, record.arch):
             families[blank, record.arch, record.device, record.scope].append(record)
-    found: list[Crossover] = []
     for (case, arch, device, scope), rows in families.items():
         contracts = dict.fromkeys(record.contract_id for record in rows if usable(record))
         tables = [table for contract_id in contracts for table in _tables(case, arch, device, scope, contract_id, rows)]
         contested = [table for table in tables if len(_backends(table)) > 1]
         formats = {table.act_dtype for table in contested}
-        found += [table for table in tables if table in contested or table.act_dtype not in formats]
-    return found
+        yield from (table for table in tables if table in contested or table.act_dtype not in formats)
 
 
 def _tables(case: Case, arch: str, device: str, scope: Scope, contract_id: str, rows: Sequence[Record]) -> list[Crossover]:

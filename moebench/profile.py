@@ -27,9 +27,10 @@ from moebench.case import CASE_FIELDS, Case
 from moebench.child import environment, spawn
 from moebench.device import Device
 from moebench.failure import without_advice
+from moebench.realized import Realized
 from moebench.reports.text import kernel_name
 from moebench.roofline import RoofsError, best_roof
-from moebench.routing import Realized, assign, realized
+from moebench.routing import assign, realized
 from moebench.timeline import (
     MOST_EVENTS,
     Counters,

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
-from itertools import pairwise
+from operator import mul
 from statistics import fmean, median, quantiles
 from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
 from moebench.device import Device
-from moebench.routing import Realized
+from moebench.realized import Realized
 
 # Schema history; a newer major is not readable by older code.
 # 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
@@ -105,6 +105,11 @@ class Timing:
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
+    @cached_property
+    def _ordered_us(self) -> list[float]:
+        """Sorted once for quartiles and interval: 6 us for 60 samples, of 30 that a row of a table takes."""
+        return sorted(self.samples_us)
+
     @cached_property  # reports and the gate ask for it again and again
     def median_us(self) -> float:
         return median(self.samples_us)
@@ -113,7 +118,7 @@ class Timing:
     def quartiles_us(self) -> tuple[float, float]:
         if len(self.samples_us) < 2:
             return self.samples_us[0], self.samples_us[0]
-        q1, _, q3 = quantiles(self.samples_us, n=4, method="inclusive")
+        q1, _, q3 = quantiles(self._ordered_us, n=4, method="inclusive")
         return q1, q3
 
     @property
@@ -124,16 +129,16 @@ class Timing:
             return float(n)
         mean = fmean(self.samples_us)
         off = [sample - mean for sample in self.samples_us]
-        total = sum(x * x for x in off)
+        total: float = sum(map(mul, off, off))
         if total <= (1e-9 * mean) ** 2 * n:
             return float(n)
-        lag1 = sum(a * b for a, b in pairwise(off)) / total
+        lag1: float = sum(map(mul, off, off[1:])) / total  # map ends with the shorter one
         return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
 
-    @property
+    @cached_property  # that of the fastest is compared with all others'
     def interval_us(self) -> tuple[float, float]:
         """95 % interval of the median from order statistics, wider where neighbouring samples resemble each other."""
-        ordered = sorted(self.samples_us)
+        ordered = self._ordered_us
         n = len(ordered)
         # 1.96 standard deviations of a binomial(n, 1/2) count, as if only the effective samples had been drawn
         half = 0.98 * n**0.5 * (n / max(self.effective_samples, 1.0)) ** 0.5
@@ -296,34 +301,22 @@ def to_json(item: Record | Manifest) -> str:
     return json.dumps(asdict(item), allow_nan=False, separators=(",", ":"))
 
 
-def record_from_dict(row: Mapping[str, object], made: Mapping[str, object] | None = None) -> Record:
-    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out.
-
-    made: fields that the caller has from field_from_json already; what the row holds of them is not looked at."""
+def record_from_dict(row: Mapping[str, object]) -> Record:
+    """Raises TypeError, KeyError or ValueError for what is not a record of this major schema. What a newer minor added is left out."""
     newer = row["schema"] != SCHEMA and _minor(str(row["schema"])) > _minor(SCHEMA)
     values = _known(row) if newer else dict(row)
-    values.update(made or {})
-    for name in _COMPOUND:
-        if made is None or name not in made:
-            value = values[name] if name == "case" else values.get(name)
-            if value is not None:
-                values[name] = field_from_json(name, value)
+    values["case"] = Case(**values["case"])  # type: ignore[arg-type]
+    if values.get("kernels") is not None:
+        values["kernels"] = tuple(_part(Kernel, kernel) for kernel in values["kernels"])  # type: ignore[attr-defined]
+    for name, kind in _PARTS.items():
+        value = values.get(name)
+        if isinstance(value, dict):  # what is of another kind altogether stays as it is
+            if isinstance(value.get("proof"), dict):  # of a timing
+                value = {**value, "proof": _part(L2Proof, value["proof"])}
+            values[name] = _part(kind, value)
     if values["status"] not in STATUSES:
         raise ValueError(f"status {values['status']!r} is not one of {', '.join(STATUSES)}")
-    return _made(Record, values)
-
-
-def field_from_json(name: str, value: object) -> object:
-    """The value of a field of Record. Raises as record_from_dict; what is of another kind altogether is given back as it is."""
-    if name == "kernels":
-        return tuple(_part(Kernel, kernel) for kernel in value)  # type: ignore[attr-defined]
-    if name == "case":
-        return Case(**value)  # type: ignore[arg-type]
-    if not isinstance(value, dict) or name not in _PARTS:
-        return value
-    if isinstance(value.get("proof"), dict):  # of a timing
-        value = {**value, "proof": _part(L2Proof, value["proof"])}
-    return _part(_PARTS[name], value)
+    return Record(**values)  # type: ignore[arg-type]  # misfit looks at them
 
 
 _LISTS: dict[type, tuple[str, ...]] = {Timing: ("samples_us", "window_s"), Realized: ("pairs_per_rank",), Telemetry: ("sm_mhz", "window_s")}
@@ -336,7 +329,6 @@ _PARTS: dict[str, type] = {
     "telemetry": Telemetry,
     "canary": Canary,
 }
-_COMPOUND = ("case", "kernels", *_PARTS)
 
 
 def _part(kind: type[T], value: dict[str, object]) -> T:
@@ -345,17 +337,7 @@ def _part(kind: type[T], value: dict[str, object]) -> T:
         content = value.get(name)
         if isinstance(content, list):
             lists[name] = tuple(content)
-    return _made(kind, value | lists if lists else value)
-
-
-def _made(kind: type[T], values: dict[str, object]) -> T:
-    """kind(**values), in a third of its time where all fields are there and in their order: a frozen one assigns them one by one."""
-    names = _names(kind)  # type: ignore[arg-type]  # mypy does not know that classes are hashable
-    if list(values) != names:
-        return kind(**values)
-    made = object.__new__(kind)
-    made.__dict__.update(zip(names, values.values(), strict=True))  # the names of the class, which all of its instances share
-    return made
+    return kind(**(value | lists))
 
 
 def _known(row: Mapping[str, object]) -> dict[str, object]:
@@ -369,7 +351,6 @@ def _known(row: Mapping[str, object]) -> dict[str, object]:
 
 @cache
 def _names(kind: type) -> list[str]:
-    assert not hasattr(kind, "__post_init__")  # _made would leave it out
     return [f.name for f in fields(kind)]
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from moebench.backend import ActDtype
 from moebench.case import BLOCK, MODELS, Case
 from moebench.device import Device
+from moebench.realized import Realized
 from moebench.record import L2State, Roofline
-from moebench.routing import Realized
 
 SCHEMA = "1.0"  # of a stored file of roofs
 SLACK = 1.02  # of the data sheet's bandwidth and of time: a sheet rounds 3.938 TB/s to 3.9, and events tick in steps

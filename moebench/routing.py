@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moebench.case import Case, did_you_mean
+from moebench.realized import Realized
 
 FAMILIES: dict[str, str] = {
     "uniform": "uniform",
@@ -33,18 +34,6 @@ Floats = NDArray[np.float32]
 class Assignment:
     topk_ids: NDArray[np.int32]  # [M, top_k], over all experts, distinct within a token
     topk_weights: NDArray[np.float32]  # [M, top_k], each exact in bf16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Realized:
-    """What an assignment gives one expert-parallel rank to do."""
-
-    active_experts: int  # of this rank
-    empty_experts: int  # of this rank
-    local_pairs: int  # (token, slot) pairs that go to this rank
-    load_max_over_mean: float  # over all experts; 1.0 where there are no tokens
-    pairs_per_rank: tuple[int, ...]
-    sha256: str  # of the ids' bytes, then the weights'
 
 
 def assign(case: Case) -> Assignment:

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar, get_args
 
 from moebench.case import BLOCK, MODELS, Case
 from moebench.device import Device
-from moebench.routing import Realized
+from moebench.realized import Realized
 
 # Saved profiles; a newer major is not readable by older code.
 # 1.0  case, backend, act_dtype, device, source, launch, calls, untraced_us, routing, notes

@@ -351,7 +351,7 @@ def _by_round(rows: Iterable[Record]) -> dict[int, Record]:
 
 def _center_us(rows: Mapping[int, Record]) -> float:
     """The geometric mean of the rounds' medians."""
-    return exp(fmean(log(row.timing.median_us) for row in rows.values() if row.timing))
+    return exp(fmean([log(row.timing.median_us) for row in rows.values() if row.timing]))
 
 
 def _log_ratio(base: Record, candidate: Record) -> float:

@@ -14,8 +14,7 @@ from rich.text import Text
 from moebench.case import Case
 from moebench.compare import Cell, Comparison, Difference, Uncompared
 from moebench.record import Scope
-from moebench.reports.markdown import escape
-from moebench.reports.text import clean, count, us
+from moebench.reports.text import clean, count, escape, us
 
 SCHEMA = "1.0"
 TIE = "~"

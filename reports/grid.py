@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Literal
 
-from moebench.case import MODELS, Case
+from moebench.case import MODELS, Case, layer_of
 from moebench.record import ClockName, Contract, L2State, Record, Roofline, Scope, Timing
 from moebench.reports.text import clean, ratio, us
 
@@ -265,12 +265,12 @@ class Family:
 def families(records: Iterable[Record]) -> list[Family]:
     """Records by family, models in the order of the presets, then by sizes."""
     found: dict[tuple[Case, str, str], list[Record]] = defaultdict(list)
-    blanks: dict[Case, Case] = {}  # replace() takes 20 us, and a run has as many cases as backends have records
+    blanks: dict[tuple[str | int, ...], Case] = {}
     for record in records:
-        case = blanks.get(record.case)
-        if case is None:
-            case = blanks[record.case] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
-        found[case, record.arch, record.device].append(record)
+        layer = layer_of(record.case)
+        if layer not in blanks:
+            blanks[layer] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
+        found[blanks[layer], record.arch, record.device].append(record)
     return sorted(
         (Family(case=case, arch=arch, device=device, records=tuple(rows)) for (case, arch, device), rows in found.items()),
         key=_family_order,

@@ -9,7 +9,7 @@ from math import exp, log
 from statistics import fmean, median
 
 from moebench.record import Record
-from moebench.reports.grid import Family, families, method_name
+from moebench.reports.grid import Family, Method, families, method_name
 
 MOST_LAYERS = 60  # of 15 token counts and 6 backends: 5400 rows, and more tables than anybody reads
 WHERE_ALL_ARE = "results.csv of a run's directory, and moebench report --format csv or json, have every row"
@@ -86,14 +86,19 @@ def standings(found: Sequence[Family]) -> list[Standing]:
 
 def _times_us(family: Family) -> Iterable[tuple[tuple[str, str, str, str], dict[str, float]]]:
     """What each backend of a format took at each token count under each contract: the slowest rank, where every rank counts."""
-    cells: dict[tuple[str, str, str, str, int], dict[str, dict[tuple[int, int], list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[tuple[str, str, str, Method, int], dict[str, dict[tuple[int, int], list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for record in family.records:
         timing, case = record.timing, record.case
         if record.status == "ok" and timing is not None and timing.comparable:
-            cell = cells[record.scope, record.contract_id, record.act_dtype, method_name((timing.clock, timing.l2)), case.num_tokens]
+            cell = cells[record.scope, record.contract_id, record.act_dtype, (timing.clock, timing.l2), case.num_tokens]
             cell[record.backend].setdefault((case.tp_rank, case.ep_rank), []).append(timing.median_us)
     num_ranks = family.num_ranks
-    for (scope, contract_id, act_dtype, how, _), backends in cells.items():
-        whole = {name: max(map(median, ranks.values())) for name, ranks in backends.items() if len(ranks) == num_ranks}
+    for (scope, contract_id, act_dtype, method, _), backends in cells.items():
+        whole = {name: max(map(_median, ranks.values())) for name, ranks in backends.items() if len(ranks) == num_ranks}
         if whole:
-            yield (scope, contract_id, act_dtype, how), whole
+            yield (scope, contract_id, act_dtype, method_name(method)), whole
+
+
+def _median(rounds: Sequence[float]) -> float:
+    """Most runs have one round, and statistics.median takes 1 us for it."""
+    return rounds[0] if len(rounds) == 1 else median(rounds)

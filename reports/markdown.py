@@ -29,10 +29,9 @@ from moebench.reports.grid import (
 )
 from moebench.reports.layers import WHERE_ALL_ARE, Layers, layers, standings
 from moebench.reports.ran import launched, said
-from moebench.reports.text import clean, count, error, gib, listed, percent, ratio, us
+from moebench.reports.text import count, error, escape, gib, listed, percent, ratio, us
 from moebench.reports.tuning import NOTABLE, setbacks
 
-ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}
 LEGEND = (
     f"Microseconds, median of all samples. **Bold** is fastest; `{TIE}` ties with it, their 95 % intervals overlap; "
     f"{DAGGER} does not describe the kernel, so it is never called fastest."
@@ -64,11 +63,6 @@ def report(runs: Sequence[Run], baseline: str | None = None) -> str:
     ):
         blocks += [f"## {title}", *lines] if lines else []
     return "\n\n".join(blocks) + "\n"
-
-
-def escape(text: str) -> str:
-    """Foreign text as plain words inside a table cell or a heading."""
-    return "".join(ESCAPED.get(char, char) for char in clean(text))
 
 
 def _counts(records: Sequence[Record]) -> str:

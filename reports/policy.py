@@ -13,8 +13,7 @@ from rich.text import Text
 
 from moebench import serving_flags
 from moebench.crossover import Crossover, Excluded, OneForAll, Stretch
-from moebench.reports.markdown import escape
-from moebench.reports.text import clean, count
+from moebench.reports.text import clean, count, escape
 from moebench.serving_flags import Server, Setting
 
 SCHEMA = "1.0"  # moebench/policy.schema.json

@@ -15,13 +15,12 @@ Shared: TypeAlias = "dict[tuple[str, str, str], list[Record]]"  # backend, arch,
 def launched(records: Iterable[Record]) -> Shared:
     """`name x2, other` of the kernels of one call."""
     found: Shared = defaultdict(list)
-    texts: dict[tuple[str | int, ...], str] = {}  # most records of a backend launch the same: 10 names of 600 characters each
+    texts: dict[int, str] = {}  # by identity: records of one run share their kernels, 10 names of 600 characters each
     for record in records:
         if record.kernels:
-            key = tuple([part for kernel in record.kernels for part in (kernel.name, kernel.count)])
-            text = texts.get(key)
+            text = texts.get(id(record.kernels))
             if text is None:
-                text = texts[key] = _kernels(record.kernels)
+                text = texts[id(record.kernels)] = _kernels(record.kernels)  # found keeps the record, so the number stays its own
             found[record.backend, record.arch, text].append(record)
     return found
 

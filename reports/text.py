@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from unicodedata import category
 
+ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {char: f"\\{char}" for char in "\\`*[]|~#"}  # in Markdown
+
 
 def us(value: float) -> str:
     """Microseconds with three or four digits: 0.912, 9.12, 91.2, 912.3, 9123."""
@@ -66,6 +68,11 @@ def clean(text: str) -> str:
         return " ".join(text.split())
     kept = "".join(char for char in text if char.isspace() or not category(char).startswith("C"))
     return " ".join(kept.split())
+
+
+def escape(text: str) -> str:
+    """Foreign text as plain words inside a table cell or a heading of Markdown."""
+    return "".join(ESCAPED.get(char, char) for char in clean(text))
 
 
 def percent(share: float) -> str:

@@ -16,8 +16,7 @@ from rich.text import Text
 
 from moebench.case import MODELS, Case
 from moebench.gate import Outcome
-from moebench.reports.markdown import escape
-from moebench.reports.text import clean, count, short, us
+from moebench.reports.text import clean, count, escape, short, us
 from moebench.verdict import ORDER, Judgement, Verdict
 
 SCHEMA = "1.0"

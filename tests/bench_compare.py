@@ -15,13 +15,14 @@ from zlib import crc32
 from moebench.case import case
 from moebench.device import Device
 from moebench.journal import load_run, merge, write_manifest
+from moebench.realized import Realized
 from moebench.record import Error, Kernel, Manifest, Record, Timing, to_json
-from moebench.routing import Realized
 
 BACKENDS = ("cutlass_mxfp4_bf16", "marlin_mxfp4_bf16", "openai_triton_kernels", "triton_mxfp4_bf16")
 TOKENS = tuple(2**exponent for exponent in range(15))
 ROUNDS = 5
 SAMPLES = 60
+TARGETS_S = {1_000: 2.0, 100_000: 10.0}  # by number of records: what a command may take
 # As many kernels with names as long as a record of cutlass_mxfp4_bf16 on an H200 has: 6.7 KB of its 9 KB.
 KERNELS = tuple(Kernel(name=f"void cutlass::device_kernel<{number}, {'cute::tuple<int>, ' * 34}>(Params)", count=1) for number in range(10))
 
@@ -73,12 +74,20 @@ def write(path: Path, made: Iterable[Record]) -> Path:
     return path
 
 
-def called(*words: str | Path) -> str:
-    """Seconds on the wall and on the CPU of one command, start of Python included."""
+def called(count: int, *words: str | Path) -> str:
+    """What one command took, start of Python included: seconds on the wall and on the CPU, and how they compare with the target.
+
+    Raises CalledProcessError for an exit status other than 0."""
     start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "moebench", *map(str, words)], stdout=subprocess.DEVNULL, check=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return f"{wall:6.2f} s, {after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime:6.2f} s of CPU"
+    return told(wall, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime, count, TARGETS_S.get(count))
+
+
+def told(wall_s: float, cpu_s: float, count: int, target_s: float | None = None) -> str:
+    """CPU beside the wall: where other programs run as well, the latter says more about them."""
+    line = f"{wall_s:6.2f} s, {cpu_s:6.2f} s of CPU, {count / wall_s:7.0f} records/s ({count / cpu_s:7.0f} of CPU)"
+    return f"{line}, {wall_s / target_s:.2f} of the {target_s:g} s it may take ({cpu_s / target_s:.2f} by CPU)" if target_s else line
 
 
 def say(line: str) -> None:
@@ -99,8 +108,8 @@ def main(counts: list[int]) -> None:
             merge(runs)
             say(f"  load_run {loaded - used:6.2f} s of CPU, merge {time.process_time() - loaded:.2f} s")
             del runs
-            say(f"  compare  {called('compare', base, candidate)}")
-            say(f"  policy   {called('policy', base, candidate)}")
+            say(f"  compare  {called(count, 'compare', base, candidate)}")
+            say(f"  policy   {called(count, 'policy', base, candidate)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from moebench.journal import load_run, merge  # noqa: E402
 from moebench.reports import figures, json_rows, markdown, render, table_csv  # noqa: E402
 from moebench.reports.markup import Html  # noqa: E402
 from moebench.reports.page import page  # noqa: E402
-from tests.bench_compare import BACKENDS, KERNELS, TOKENS, called, say, write  # noqa: E402
+from tests.bench_compare import BACKENDS, KERNELS, TOKENS, called, say, told, write  # noqa: E402
 from tests.full_records import full  # noqa: E402
 
 
@@ -27,10 +28,10 @@ def records(count):
         yield full(BACKENDS[backend], TOKENS[tokens], median_us, how={"samples": 61}, record={"kernels": KERNELS}, seed=seed)
 
 
-def took(what, call):
+def took(what, count, call):
     started, used = time.perf_counter(), time.process_time()
     made = call()
-    say(f"    {what:<24} {time.perf_counter() - started:6.2f} s, {time.process_time() - used:6.2f} s of CPU")
+    say(f"    {what:<24} {told(time.perf_counter() - started, time.process_time() - used, count)}")
     return made
 
 
@@ -41,19 +42,21 @@ def bench(count):
         say(f"{count} records, {(run / 'journal.jsonl').stat().st_size / 1e6:.1f} MB of journal")
         say("  commands, start of Python and reading included")
         for ending in ("md", "html", "csv", "json"):
-            say(f"    {f'report --format {ending}':<24} {called('report', run, '--out', f'{directory}/report.{ending}')}")
-        say(f"    {'policy':<24} {called('policy', run)}")
-        say(f"    {'compare':<24} {called('compare', base, candidate)}")
+            say(f"    {f'report --format {ending}':<24} {called(count, 'report', run, '--out', f'{directory}/report.{ending}')}")
+        say(f"    {'policy':<24} {called(count, 'policy', run)}")
+        say(f"    {'compare':<24} {called(count, 'compare', base, candidate)}")
+        say(f"    page of {Path(f'{directory}/report.html').stat().st_size / 1e6:.1f} MB")
+        gc.disable()  # as the commands do while they have records
         say("  of that")
-        runs = [took("load", lambda: load_run(run))]
-        found = took("merge", lambda: merge(runs))
-        took("markdown", lambda: markdown.report(runs))
-        took("html", lambda: page(runs))
-        took("html without figures", lambda: page(runs, draw=lambda figure: Html("")))
-        took("csv", lambda: table_csv.rows(found))
-        took("json", lambda: json_rows.document(runs))
+        runs = [took("load", count, lambda: load_run(run))]
+        found = took("merge", count, lambda: merge(runs))
+        took("markdown", count, lambda: markdown.report(runs))
+        took("html", count, lambda: page(runs))
+        took("html without figures", count, lambda: page(runs, draw=lambda figure: Html("")))
+        took("csv", count, lambda: sum(map(len, table_csv.lines(found))))
+        took("json", count, lambda: sum(map(len, json_rows.parts(runs))))
         first, *_ = figures.album(found).figures
-        took("one figure, both widths", lambda: render.inline(first))
+        took("one figure, both widths", count, lambda: render.inline(first))
 
 
 if __name__ == "__main__":

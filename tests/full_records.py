@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from moebench.realized import Realized
 from moebench.record import Canary, Contract, Roofline, Telemetry
-from moebench.routing import Realized
 from tests.made_runs import timed, untimed
 
 CONTRACT = Contract(

@@ -6,8 +6,8 @@ from pathlib import Path
 from moebench.case import case
 from moebench.device import Device
 from moebench.journal import Journal, Run, write_manifest
+from moebench.realized import Realized
 from moebench.record import Error, Manifest, Record, Timing
-from moebench.routing import Realized
 
 ERROR = Error(rel_l2=1.8e-3, worst=0.01, worst_token=3, worst_column=17, max_abs=0.25, rel_l2_tolerance=5e-3, worst_tolerance=0.05)
 H200 = Device(

@@ -9,8 +9,8 @@ from moebench.case import Case, case
 from moebench.device import Device
 from moebench.journal import JOURNAL, Run, write_manifest
 from moebench.journal import _line as line
+from moebench.realized import Realized
 from moebench.record import Canary, Contract, Error, Kernel, L2Proof, Manifest, Record, Telemetry, Timing
-from moebench.routing import Realized
 
 CONTRACT = Contract(
     scope="experts",

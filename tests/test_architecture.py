@@ -13,9 +13,10 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
-    {"case", "mx", "conform", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned"},
+    {"case", "mx", "conform", "realized", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned"},
     {"routing", "device", "compiled"},
     {"record", "problem"},
+    {"lines"},
     {"journal", "plan", "failure", "timeline", "rotation", "router"},
     {"backend", "child", "probe", "compare"},
     {"check", "timing", "trace", "roofline", "flags", "telemetry", "crossover", "gate"},
@@ -34,7 +35,21 @@ ONLY = {
     "plan": {"case", "record", "routing"},
     "sweep": {"case", "child", "device", "failure", "flags", "plan", "record", "telemetry"},  # the worker is a process to it
     "reports": {
-        *("case", "compare", "compiled", "crossover", "device", "flags", "gate", "journal", "record", "reports", "roofline", "routing"),
+        *(
+            "case",
+            "compare",
+            "compiled",
+            "crossover",
+            "device",
+            "flags",
+            "gate",
+            "journal",
+            "realized",
+            "record",
+            "reports",
+            "roofline",
+            "routing",
+        ),
         *("serving_flags", "timeline", "tuning", "verdict"),
     },
     "worker": set(RANK) - {"kernels", "reports", "plan"},
@@ -46,6 +61,7 @@ NEVER_TORCH = {
         "case",
         "routing",
         "record",
+        "lines",
         "journal",
         "plan",
         "backend",

@@ -6,8 +6,8 @@ import pytest
 
 from moebench.case import case
 from moebench.flags import FLAGS, raised
+from moebench.realized import Realized
 from moebench.record import Canary, Error, L2Proof, Record, Roofline, Telemetry, Timing
-from moebench.routing import Realized
 
 L2 = 60 << 20
 

@@ -17,9 +17,10 @@ from moebench.case import case
 from moebench.cli import main
 from moebench.device import Device
 from moebench.failure import shortage
-from moebench.journal import _CUT, SHARED, InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
+from moebench.journal import InUse, Journal, RunLock, load_run, merge, problems, settled, write_manifest
+from moebench.lines import SHARED
+from moebench.realized import Realized
 from moebench.record import Error, Manifest, Record, RecordError, Timing, record_from_dict, to_json
-from moebench.routing import Realized
 from tests import rounds
 from tests.running import ENVIRONMENT, ROOT
 
@@ -102,6 +103,15 @@ def test_an_unreadable_line_is_named(tmp_path, line, part):
         file.write(line + "\n")
     with pytest.raises(RecordError, match=part):
         load_run(path)
+
+
+def test_a_case_of_too_many_experts_is_refused_before_anything_counts_them(tmp_path):
+    text = to_json(RECORD).replace('"num_experts":8', '"num_experts":1000000000000000').replace('"ep_size":1', '"ep_size":7')
+    path = run_directory(tmp_path / "run", RECORD)
+    with (path / "journal.jsonl").open("a") as file:
+        file.write(checked(text) + "\n")
+    with pytest.raises(RecordError, match=r"case\.num_experts is 1000000000000000; the limit is 65536"):
+        load_run(path)  # its error would name all numbers that divide the number of experts
 
 
 def test_a_manifest_of_a_newer_minor_schema_is_read_without_what_it_added(tmp_path):
@@ -312,8 +322,10 @@ def test_what_lines_have_in_common_is_made_once_for_all_of_them(tmp_path, row):
     )
     first, second = load_run(run_directory(tmp_path / "run", row, more)).records
     assert (first, second) == (row, more)
-    for name in SHARED:
+    for name in SHARED[Record]:
         assert getattr(first, name) is getattr(second, name), name
+    if row.timing is not None:
+        assert first.timing.proof is second.timing.proof
 
 
 @pytest.mark.parametrize(
@@ -324,7 +336,9 @@ def test_what_lines_have_in_common_is_made_once_for_all_of_them(tmp_path, row):
         ('"top_k":4', '"top_k":4,"top_l":4', "top_l"),
         ('"num_experts":8', '"num_experts":1000000000000', "the limit is"),
         ('"load_max_over_mean":2.0', '"load_max_over_mean":1e999', r"load_max_over_mean is inf, not a finite number"),
-        ('"contract":null', f'"contract":{_CUT}', "contract"),
+        ('"contract":null', '"contract":7', "contract"),
+        ('"kernels":[]', '"kernels":7', "line 2"),
+        ('"proof":null', '"proof":{"token_sets":1}', "weight_copies"),
         ('"facts":{}', '"facts":{"x":1,"kernels":[],"launches_compared":0}', "kernels"),
         ('"contract":null', '"contract":null]', "line 2"),
         ('"reason":""', '"reason":","routing":null,"prepare_s":""', "line 2"),

@@ -70,6 +70,7 @@ def test_base_install_brings_no_vendor_kernels(wheel):
     assert sorted(line.split(";")[0].strip() for line in required) == [
         "click",
         "matplotlib",
+        "msgspec",
         "numpy",
         "nvtx",
         "pandas",

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from moebench import serving_flags
+from moebench.commands.policy import MOST_TABLES
 from moebench.commands.policy import policy as command
 from moebench.crossover import crossovers
 from moebench.policy_lookup import backend_for
@@ -245,6 +246,18 @@ def test_what_was_not_read_gets_no_flag_but_the_reason(asked, why):
     values = {"server": "vllm", "version": "0.33.0", "backend": CUTLASS, "model": "gpt-oss-20b", "arch": "sm90", "ep_size": 1} | asked
     found = serving_flags.setting(values.pop("server"), values.pop("version"), values.pop("backend"), **values)
     assert (found.flags, found.why) == ("", why)
+
+
+def test_a_terminal_gets_the_first_tables_and_is_told_where_the_others_are(tmp_path):
+    rows = [timed(name, 1, us, seed=seed) for seed in range(MOST_TABLES + 2) for name, us in ((TRITON, 10.0), (MARLIN, 9.0))]
+    shown = called(write_run(tmp_path / "many", *rows)).output
+    assert shown.count("bf16 activations") == MOST_TABLES
+    assert shown.endswith("\nonly the first 60 tables; --format md or json has all of them\n")
+    for style, title in (("md", "bf16 activations"), ("json", '"contract"')):
+        assert called(tmp_path / "many", "--format", style).output.count(title) == MOST_TABLES + 2
+    few = called(write_run(tmp_path / "few", *rows[: 2 * MOST_TABLES])).output
+    assert few.count("bf16 activations") == MOST_TABLES
+    assert "only the first" not in few
 
 
 def test_a_server_is_offered_only_what_it_has_with_its_flags(tmp_path):

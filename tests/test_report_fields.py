@@ -5,10 +5,11 @@ import io
 import json
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from moebench.reports import json_rows, markdown, table_csv, terminal
-from tests.full_records import CONTRACT, TELEMETRY, full
+from tests.full_records import CONTRACT, HOSTILE, TELEMETRY, full
 from tests.made_runs import rounds, run, timed, untimed
 
 FLAGS = {"throttled": "SM clock 1830 of 1980 MHz"}
@@ -110,6 +111,28 @@ def test_csv_has_what_a_trusted_time_needs():
 def test_csv_leaves_empty_what_was_not_measured():
     row = cells(untimed("a", 1, "skipped", "why"))
     assert {row[name] for name in ("contract_id", "roof_share", "flags", "host_us", "gpu_power_w", "canary_after_us")} == {""}
+
+
+def test_csv_is_what_the_standard_library_would_have_written():
+    records = [full(name, 4, 128.0, flags={name: HOSTILE}) for name in ("plain", "a,b", 'say "x"', "=1+1", HOSTILE)]
+    records += [untimed("b", 1, "failed", 'one\ntwo\r, "three"')]
+    text = table_csv.rows(records)
+    assert text == "".join(table_csv.lines(records))
+    again = io.StringIO()
+    csv.writer(again, lineterminator="\n").writerows(csv.reader(io.StringIO(text)))
+    assert again.getvalue() == text
+    assert {len(row) for row in csv.reader(io.StringIO(text))} == {len(table_csv.HEADER)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"reason": "half a pair \ud800"}, {"reason": "\x9b31m"}, {"facts": {"large": 10**30}}, {"backend": "b\u202e"}]
+)
+def test_json_is_ascii_whatever_a_record_says(changes):
+    text = json_rows.document([run(replace(full("a", 4, 128.0), **changes))])
+    assert text.isascii()
+    assert "\x1b" not in text
+    (record,) = json.loads(text)["records"]
+    assert {name: record[name] for name in changes} == changes
 
 
 def test_json_has_records_in_full_and_what_follows_from_them():

@@ -13,9 +13,9 @@ from rich.console import Console
 from moebench.case import CASE_FIELDS, case
 from moebench.device import Device
 from moebench.journal import Run
+from moebench.realized import Realized
 from moebench.record import Error, Kernel, Manifest, Record, Timing
 from moebench.reports import grid, layers, markdown, table_csv, terminal, text, tuning
-from moebench.routing import Realized
 
 ROOT = Path(__file__).parents[1]
 ERROR = Error(rel_l2=1.8e-3, worst=0.01, worst_token=3, worst_column=17, max_abs=0.25, rel_l2_tolerance=5e-3, worst_tolerance=0.05)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moebench.case import case
 from moebench.device import Device
+from moebench.realized import Realized
 from moebench.roofline import (
     BF16_FLOP_PER_CLOCK,
     NOMINAL,
@@ -28,7 +29,7 @@ from moebench.roofline import (
     save_roofs,
     work,
 )
-from moebench.routing import Realized, assign, realized
+from moebench.routing import assign, realized
 
 MEASURED = Roof(bandwidth_bytes_s=4.3e12, bf16_flop_s=790e12, fp8_flop_s=1500e12, source="test")
 H200 = Device(arch="sm90", name="NVIDIA H200", torch="cuda:0", memory_bytes=141 << 30, l2_bytes=62_914_560, num_sms=132, clock_mhz=1980)

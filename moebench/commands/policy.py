@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -11,11 +12,13 @@ from moebench import serving_flags
 from moebench.case import Case
 from moebench.commands.outcome import NO_VERDICT, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import uncollected
-from moebench.crossover import crossovers
+from moebench.crossover import crossovers, one_by_one
 from moebench.journal import load_run, merge
 from moebench.record import Record, RecordError
 from moebench.reports import policy as pages
 from moebench.serving_flags import Server
+
+MOST_TABLES = 60  # more lines than anybody reads on a terminal, and rich takes 10 ms for each
 
 
 @click.command()
@@ -43,7 +46,8 @@ def policy(runs: tuple[Path, ...], style: str, server_version: str | None) -> No
     if server:
         _print_server(records, server, server_version or serving_flags.versions(server)[-1])
         return
-    found = crossovers(records)
+    tables = one_by_one(records)
+    found = list(islice(tables, MOST_TABLES) if style == "table" else tables)
     if not found:
         fail(["no backend can win: no row is ok, timed and without flags"], NO_VERDICT)
     if style == "json":
@@ -52,6 +56,8 @@ def policy(runs: tuple[Path, ...], style: str, server_version: str | None) -> No
         click.echo(pages.markdown(found), nl=False)
     else:
         Console(highlight=False).print(pages.table(found))
+        if next(tables, None):
+            click.echo(f"\nonly the first {MOST_TABLES} tables; --format md or json has all of them")
 
 
 def _print_server(records: list[Record], server: Server, version: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from moebench.case import did_you_mean
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
+from moebench.commands.uncollected import uncollected
 from moebench.journal import RUNS, Run, load_run, merge
 from moebench.record import RecordError
 from moebench.reports import json_rows, markdown, table_csv
@@ -28,6 +30,7 @@ FORMATS = ("html", "md", "csv", "json")
 @click.option(
     "--figures", type=click.IntRange(min=0), default=12, show_default=True, help="At most so many on an html page; --plots has no limit."
 )
+@uncollected()
 def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: Path | None, baseline: str | None, figures: int) -> None:
     """Report on run directories, merged; the newest under runs/ without an argument.
 
@@ -49,24 +52,34 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
         if plots is not None:
             for path in _draw(loaded, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
-        text = _render(loaded, style, baseline, figures)
-        if out is None:
-            click.echo(text, nl=not text.endswith("\n"))
-            return
-        out.write_text(text, encoding="utf-8")
+        _write(_render(loaded, style, baseline, figures), out)
     except OSError as error:
         fail([f"{error.filename}: {error.strerror}"], STORAGE)
-    click.echo(str(out))
+    if out is not None:
+        click.echo(str(out))
 
 
-def _render(runs: list[Run], style: str, baseline: str | None, most_figures: int) -> str:
+def _render(runs: list[Run], style: str, baseline: str | None, most_figures: int) -> Iterable[str]:
+    """In parts: a table of 100,000 rows is a gigabyte."""
     if style == "html":
         from moebench.reports.page import page
 
-        return page(runs, baseline=baseline, most_figures=most_figures)
+        return [page(runs, baseline=baseline, most_figures=most_figures)]
     if style == "json":
-        return json_rows.document(runs)
-    return markdown.report(runs, baseline) if style == "md" else table_csv.rows(merge(runs))
+        return json_rows.parts(runs)
+    return [markdown.report(runs, baseline)] if style == "md" else table_csv.lines(merge(runs))
+
+
+def _write(parts: Iterable[str], out: Path | None) -> None:
+    if out is not None:
+        with out.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        return
+    last = ""
+    for last in parts:
+        click.echo(last, nl=False)
+    if not last.endswith("\n"):
+        click.echo()
 
 
 def _draw(runs: list[Run], directory: Path, baseline: str | None) -> list[Path]:
