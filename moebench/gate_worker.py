@@ -127,9 +127,9 @@ class Bench:
     def measure(self, turn: Turn) -> Iterator[Sample]:
         """Each cell with each length appended. Lengths are shares of what the cell takes with an empty spin kernel, which comes first."""
         from moebench.selfcheck import cycles_per_us
-        from moebench.trial import canary_us
+        from moebench.trial import controls, copy_us
 
-        before_us = canary_us()
+        before = controls()
         found: list[Sample] = []
         for ready in self._ready:
             if not turn.appended:
@@ -142,7 +142,7 @@ class Bench:
                 record = self._measured(ready, turn, [followed_by_spin(call, cycles) for call in ready.calls])
                 own_us = own_us or record.median_us or 0.0
                 found.append(Sample(record=record, appended=share, length=cycles / rate / own_us))
-        canary = Canary(before_us=before_us, after_us=canary_us())
+        canary = Canary(before_us=before.copy_us, after_us=copy_us(), matmul_us=before.matmul_us)
         yield from (replace(sample, record=replace(sample.record, canary=canary)) for sample in found)
 
     def _measured(self, ready: Ready, turn: Turn, calls: Sequence[Call]) -> Record:

@@ -19,7 +19,8 @@ from moebench.realized import Realized
 # 1.0  case, backend, act_dtype, arch, device, status, reason, error, timing, routing, prepare_s, facts, kernels, time, run_id
 # 1.1  scope, round, contract, roofline, telemetry, canary, flags, phases_s, launches_compared; timing: regions of several calls, why it
 #      stopped, proof of a cold L2, host time, cross-check, the window it was taken in; statuses oom to interrupted; a checksum a line
-SCHEMA = "1.1"
+# 1.2  canary: matmul_us
+SCHEMA = "1.2"
 
 Status = Literal[
     "ok",
@@ -201,10 +202,11 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """A fixed copy, timed before and after a row: where it changed, something else did."""
+    """A fixed copy, timed before and after a row: where it changed, something else did. And a matmul, before."""
 
     before_us: float
     after_us: float
+    matmul_us: float = 0.0  # 0: not timed
 
 
 @dataclass(frozen=True, kw_only=True)

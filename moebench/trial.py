@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -38,7 +38,8 @@ INSIDE: dict[Scope, str] = {
     "layer": "router logits given, bf16 in, bf16 out: top-k, softmax, padding, activation quantization, experts, weighted sum",
 }
 TRACE_WARMUP_US = 30_000.0  # an idle H200 falls to 345 MHz while the profiler starts
-WAKE_S = 0.25  # of load before a process's first canary
+WAKE_S = 0.05  # of load before the controls of a row
+MATMUL_SIZE = 2048
 MOST_REPEATED = 8  # inputs of the repeat check, whose expected outputs are kept
 REPEAT_S, REPEAT_CPU_S = 0.4, 0.25  # 300 launches fit up to about 1000 tokens on an H200
 MOST_FREE_SHARE = 0.6  # of free device memory that weight copies may take
@@ -126,7 +127,7 @@ class Trial:
         where = self.device.torch or "cpu"
         on_gpu = self.device.is_gpu and not getattr(self.backend, "computes_on_cpu", False)
         with self.phase("alloc"):
-            before_us = canary_us() if on_gpu else 0.0  # before the check, whose load may have lowered the clocks
+            before = controls() if on_gpu else NO_CONTROL  # before the check, whose load may have lowered the clocks
             assignment = assign(case)
             (experts,) = self.copies.take(1)
             facts: dict[str, str | int | float] = dict(getattr(experts, "facts", {}))
@@ -146,14 +147,14 @@ class Trial:
             wanted = {} if deterministic else {batch: want}
             del tokens, want
         if on_gpu:
-            record = self._time_on_gpu(record, assignment, batch, before_us, wanted)
+            record = self._time_on_gpu(record, assignment, batch, before, wanted)
         else:
             record = self._time_on_cpu(record, batch, experts, wanted)
         if self.device.is_gpu:
             torch.cuda.empty_cache()
         return self._judged(record)
 
-    def _time_on_gpu(self, record: Record, assignment: Assignment, batch: Batch, before_us: float, wanted: dict[Batch, Tensor]) -> Record:
+    def _time_on_gpu(self, record: Record, assignment: Assignment, batch: Batch, before: Control, wanted: dict[Batch, Tensor]) -> Record:
         case, device = record.case, self.device
         with self.phase("alloc"):
             rotation = plan_rotation(case, assignment, device.l2_bytes, self.copies.most()) if self.l2 == "cold" else None
@@ -173,7 +174,11 @@ class Trial:
             timing = measure(watch, GPU_RULE)
             host_us = enqueue_us(calls[0], 10 if timing.median_us < 5000 else 3)
         timing = replace(timing, host_us=host_us, proof=rotation.proof(flush_bytes) if rotation else None)
-        record = replace(record, canary=Canary(before_us=before_us, after_us=canary_us()), contract=self._contract(watch, GPU_RULE))
+        record = replace(
+            record,
+            canary=Canary(before_us=before.copy_us, after_us=copy_us(), matmul_us=before.matmul_us),
+            contract=self._contract(watch, GPU_RULE),
+        )
         with self.phase("check"):
             if wrong := self._check_timed(record, watch, [each for each, _ in turns]):
                 return wrong
@@ -371,30 +376,44 @@ def cloned(layer: Layer) -> Layer:
     return replace(layer, w13=copy(layer.w13), w2=copy(layer.w2), b13=b13, b2=b2)
 
 
-@cache
-def _wake() -> None:
-    """Load a GPU that has idled until its clocks are up. A process's first canary was 10 % slower than the next without it."""
-    matrix = torch.zeros(2048, 2048, dtype=torch.bfloat16, device="cuda")
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What no kernel under test can change: a copy of 256 MiB, 127 us on an H200, and a product of two bf16 matrices."""
+
+    copy_us: float
+    matmul_us: float
+
+
+NO_CONTROL = Control(copy_us=0.0, matmul_us=0.0)
+
+
+def controls() -> Control:
+    """Timed on a GPU whose clocks are up. One that has idled, while the host compiled or started, copied 10 % slower."""
+    matrix = torch.zeros(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device="cuda")
+    product = torch.empty_like(matrix)
     until = perf_counter() + WAKE_S
     while perf_counter() < until:
         for _ in range(20):
-            torch.mm(matrix, matrix)
+            torch.mm(matrix, matrix, out=product)
         torch.cuda.synchronize()
+    return Control(copy_us=copy_us(), matmul_us=_fastest_us(lambda: torch.mm(matrix, matrix, out=product)))
 
 
-def canary_us(samples: int = 10) -> float:
-    """The fastest of some copies of 256 MiB, which no kernel under test can change: about 127 us on an H200.
-
-    Not the median: right after a large reference calculation the first few copies took 10 % longer there."""
-    _wake()
+def copy_us() -> float:
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
+    return _fastest_us(lambda: target.copy_(source))
+
+
+def _fastest_us(call: Callable[[], object], samples: int = 10) -> float:
+    """Not the median: right after a large reference calculation the first few copies took 10 % longer. The GPU sleeps long enough for a
+    host that is slow for a moment: one that needed more than 50 us to launch a copy made it look 12 % slower."""
     times: list[float] = []
     for _ in range(samples):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(100_000)
+        torch.cuda._sleep(400_000)
         start.record()
-        target.copy_(source)
+        call()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import exp, log
@@ -16,7 +16,7 @@ from moebench.compare import Side, sides
 from moebench.flags import FLAGS
 from moebench.gate import Effects, Findings, Floats, Outcome, Rule, find, floors, of_rounds, rounds_needed
 from moebench.journal import Run, merge
-from moebench.record import Record, Scope, Status
+from moebench.record import Canary, Record, Scope, Status
 
 Answer = Literal["pass", "fail", "none"]
 Key = tuple[Case, str, Scope]
@@ -25,7 +25,11 @@ ERROR_FACTOR = 2.0  # of the relative L2 error: more is another class of numeric
 ERROR_SHARE = 0.05  # of its tolerance, below which an error may grow
 CLOCK_DRIFT = 0.015  # of the SM clock; an H200 that nothing hinders shows 1950 to 1980 MHz, 1.5 % apart
 POWER_DRIFT = 0.01  # of the power limit
-CONTROL_DRIFT = 0.01  # of the canary copy, which no change can touch
+CONTROL_DRIFT = 0.01  # of a control, which no change can touch
+CONTROLS: dict[str, Callable[[Canary], float]] = {
+    "copy": lambda canary: (max(canary.before_us, 0.0) * max(canary.after_us, 0.0)) ** 0.5,
+    "matmul": lambda canary: canary.matmul_us,
+}
 LEFT = 0.75  # of a cell's rounds that must be without flags: those that are left out would else choose the result
 UNSTORED = 0.10  # what a stored baseline without a band of its own is judged at: jobs differ by 4 to 6 % although nothing changed
 LEAST_JOBS = 5  # on which a band is calibrated
@@ -375,21 +379,24 @@ def _unfit(base: Run, candidate: Run, records: tuple[list[Record], list[Record]]
     memory = [_median(row.telemetry.mem_mhz for row in rows if row.telemetry) for rows in records]
     if memory[0] and memory[1] and _apart(*memory) > CLOCK_DRIFT:
         found.append(f"the memory clocks differ: {memory[0]:.0f} MHz / {memory[1]:.0f} MHz")
-    copies = [_canaries(rows) for rows in records]
-    both = sorted(copies[0].keys() & copies[1].keys())
-    moved = of_rounds(np.array([[log(copies[1][number] / copies[0][number]) for number in both]]))
-    if len(both) >= 2 and abs(moved.estimate[0]) > CONTROL_DRIFT and abs(moved.estimate[0]) > 3 * moved.error[0]:
-        change = exp(moved.estimate[0]) - 1
-        found.append(f"the environment changed: the same copy, which no change can touch, took {change:+.1%} in the candidate run")
+    for control, time_us in CONTROLS.items():
+        times = [_control_times(rows, time_us) for rows in records]
+        both = sorted(times[0].keys() & times[1].keys())
+        if len(both) < 2:
+            continue
+        moved = of_rounds(np.array([[log(times[1][number] / times[0][number]) for number in both]]))
+        if abs(moved.estimate[0]) > CONTROL_DRIFT and abs(moved.estimate[0]) > 3 * moved.error[0]:
+            change = exp(moved.estimate[0]) - 1
+            found.append(f"the environment changed: the same {control}, which no change can touch, took {change:+.1%} in the candidate run")
     return found
 
 
-def _canaries(rows: Iterable[Record]) -> dict[int, float]:
-    """The copy's time in each round, the median over rows."""
+def _control_times(rows: Iterable[Record], time_us: Callable[[Canary], float]) -> dict[int, float]:
+    """A control's time in each round, the median over rows."""
     times: dict[int, list[float]] = {}
     for row in rows:
-        if row.canary and min(row.canary.before_us, row.canary.after_us) > 0:
-            times.setdefault(row.round, []).append((row.canary.before_us * row.canary.after_us) ** 0.5)
+        if row.canary and (us := time_us(row.canary)) > 0:
+            times.setdefault(row.round, []).append(us)
     return {number: median(values) for number, values in times.items()}
 
 

@@ -49,6 +49,7 @@ TRUST: dict[str, Callable[[Record], Value]] = {
     "flags": lambda record: _pairs(record.flags),
     "canary_before_us": lambda record: record.canary.before_us if record.canary else None,
     "canary_after_us": lambda record: record.canary.after_us if record.canary else None,
+    "canary_matmul_us": lambda record: record.canary.matmul_us if record.canary else None,
     "clock_reasons": lambda record: _pairs(record.telemetry.reasons) if record.telemetry else None,
     "launches_compared": lambda record: record.launches_compared,
     "phases_s": lambda record: _pairs(record.phases_s),

@@ -80,7 +80,7 @@ def record(of: Case, number: int, us: float, *, backend: str = "triton_mxfp4_bf1
         round=number,
         contract=CONTRACT,
         telemetry=TELEMETRY,
-        canary=Canary(before_us=120.0, after_us=120.1),
+        canary=Canary(before_us=120.0, after_us=120.1, matmul_us=25.0),
         run_id="r",
         time=f"2026-01-01T00:{minute + number:02}:00.000+00:00",
     )

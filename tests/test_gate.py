@@ -193,10 +193,14 @@ def test_runs_without_a_common_cell_are_no_verdict():
         (lambda row: replace(row, device="NVIDIA H100"), "devices differ: NVIDIA H200 / NVIDIA H100"),
         (lambda row: replace(row, telemetry=replace(row.telemetry, power_limit_w=600.0)), "power limits differ: 700 W / 600 W"),
         (lambda row: replace(row, telemetry=replace(row.telemetry, mem_mhz=2619.0)), "memory clocks differ: 3201 MHz / 2619 MHz"),
-        (lambda row: replace(row, canary=replace(row.canary, before_us=126.0, after_us=126.0)), "took \\+5.0% in the candidate run"),
+        (
+            lambda row: replace(row, canary=replace(row.canary, before_us=126.0, after_us=126.0)),
+            "same copy.* took \\+5.0% in the candidate run",
+        ),
+        (lambda row: replace(row, canary=replace(row.canary, matmul_us=27.0)), "same matmul.* took \\+8.0% in the candidate run"),
     ],
 )
-def test_another_device_power_limit_memory_clock_or_a_slower_copy_is_no_verdict(change, reason):
+def test_another_device_power_limit_memory_clock_or_slower_controls_are_no_verdict(change, reason):
     other = run("other", lambda c, n: 120.0, change=change)
     found = judge(BASE, other)
     assert found.answer == "none"

@@ -215,7 +215,8 @@ def clock(monkeypatch):
     slept = []
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(moebench.selfcheck, "cycles_per_us", lambda: RATE)
-    monkeypatch.setattr(moebench.trial, "canary_us", lambda: 120.0)
+    monkeypatch.setattr(moebench.trial, "controls", lambda: moebench.trial.Control(copy_us=120.0, matmul_us=25.0))
+    monkeypatch.setattr(moebench.trial, "copy_us", lambda: 120.0)
 
     def watch(calls, l2, flush_bytes, sm_mhz):
         assert l2 == "cold"

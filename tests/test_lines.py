@@ -128,9 +128,9 @@ def test_every_sample_is_read_to_the_last_bit(samples):
         ("[1.0,2.0,4.0]", '["1.0"]'),
         ('"top_k":4', '"top_k":9'),  # of 8 experts
         ('"num_experts":8', '"num_experts":99999'),
-        (',"schema":"1.1"', ""),
-        ('"schema":"1.1"', '"schema":"2.0"'),
-        ('"schema":"1.1"', '"schema":"1.999"'),
+        (',"schema":"1.2"', ""),
+        ('"schema":"1.2"', '"schema":"2.0"'),
+        ('"schema":"1.2"', '"schema":"1.999"'),
     ],
 )
 def test_what_is_not_certain_is_not_read_in_one_pass(old, new):

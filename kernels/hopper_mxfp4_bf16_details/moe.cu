@@ -251,8 +251,7 @@ __device__ __forceinline__ void take_stage(Stage& stage, State& state, const u8*
   else
     stage.scales = *(const u32*)(from + CODE_BYTES + thread * 4);
   if (STAGE_HALF) stage.half_scales = *(const u16*)(from + CODE_BYTES + CHUNK_SCALE_BYTES + (thread >> 1) * 2);
-  __syncwarp();
-  if (lane == 0) barrier_arrive(shared_address(&state.empty[slot]));
+  warp_arrives(shared_address(&state.empty[slot]), lane);
 }
 
 // Fragments of the tensor core: rows r and r + 8 (`half`), columns 4c.. and 16 + 4c.. of each 32.
@@ -287,10 +286,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
   if (thread == 0) {
     for (int i = 0; i < RING_STAGES; i++) {
       barrier_init(shared_address(&state.full[i]), 1);
-      barrier_init(shared_address(&state.empty[i]), 4);  // the warps of the warpgroup that owns the slot
+      barrier_init(shared_address(&state.empty[i]), 4 * WARP_ARRIVALS);  // the warps of the warpgroup that owns the slot
     }
-    barrier_init(shared_address(&state.partial_full), (WARPGROUPS - 1) * 4);
-    barrier_init(shared_address(&state.partial_free), 4);
+    barrier_init(shared_address(&state.partial_full), (WARPGROUPS - 1) * 4 * WARP_ARRIVALS);
+    barrier_init(shared_address(&state.partial_free), 4 * WARP_ARRIVALS);
     barrier_init_fence();
   }
 
@@ -533,8 +532,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
           int seat = warpgroup < owner ? warpgroup : warpgroup - 1;
 #pragma unroll
           for (int i = 0; i < VALUES; i++) mine[(seat * VALUES + i) * 128] = sum[i];
-          __syncwarp();
-          if (lane == 0) barrier_arrive(shared_address(&state.partial_full));
+          warp_arrives(shared_address(&state.partial_full), lane);
           continue;
         }
         barrier_wait(shared_address(&state.partial_full), tiles_done & 1);
@@ -542,8 +540,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_bf16(const
         for (int seat = 0; seat < WARPGROUPS - 1; seat++)
 #pragma unroll
           for (int i = 0; i < VALUES; i++) sum[i] += mine[(seat * VALUES + i) * 128];
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&state.partial_free));
+        warp_arrives(shared_address(&state.partial_free), lane);
         if (OUTLIERS) {
           float total[VALUES];  // a copy: what a function gets by address lives in memory, and the main loop needs registers
 #pragma unroll

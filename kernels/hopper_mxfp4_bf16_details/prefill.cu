@@ -432,8 +432,7 @@ __device__ __forceinline__ void gather(const Arguments& args, State& state, u8* 
           }
         }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&state.work_empty[slot]));
+    warp_arrives(shared_address(&state.work_empty[slot]), lane);
   }
 }
 
@@ -523,9 +522,12 @@ __device__ __forceinline__ void expand(u32 (&fragments)[FRAGMENTS][4], const Cod
   }
 }
 
+// A lane each: the tensor cores have read them for the whole warp.
 __device__ __forceinline__ void free_lines(State& state, Place& at, int lane) {
-  if (lane < at.used_lines) {
-    int slot = at.first_used + lane;
+  for (int other = 0; other < WARP_ARRIVALS; other++) {
+    const int i = lane + other & 31;
+    if (i >= at.used_lines) continue;
+    int slot = at.first_used + i;
     barrier_arrive(shared_address(&state.line_empty[slot < LINES ? slot : slot - LINES]));
   }
   at.used_lines = 0;
@@ -576,8 +578,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sum)[WARPGROUP_TILES][VAL
   for (int r = 0; r < WARPGROUP_TILES; r++) {
     const bool has_tile = r == 0 || tiles > r;
     if (IS_LAST_CHUNK && r + 1 == WARPGROUP_TILES) {  // all of this stage is in registers
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared_address(&state.weights_empty[warpgroup][at.weight_slot]));
+      warp_arrives(shared_address(&state.weights_empty[warpgroup][at.weight_slot]), lane);
       if (++at.weight_slot == WEIGHT_SLOTS) {
         at.weight_slot = 0;
         at.weight_parity ^= 1;
@@ -811,8 +812,7 @@ __device__ __forceinline__ void run(const Arguments& args, State& state, Place& 
 __device__ __forceinline__ void skip_lines(State& state, Place& at, int count, int lane) {
   for (int i = 0; i < count; i++) {
     barrier_wait(shared_address(&state.line_full[at.line_slot]), at.line_parity);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&state.line_empty[at.line_slot]));
+    warp_arrives(shared_address(&state.line_empty[at.line_slot]), lane);
     next_line(at);
   }
 }
@@ -891,8 +891,7 @@ __device__ __forceinline__ void consume(const Arguments& args, State& state, con
         if ((thread & 127) == 0) add_release(args.counters + (work.phase == UP ? PASS_TILES_DONE + work.pass : DOWN_TILES_DONE), own);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&state.work_empty[slot]));
+    warp_arrives(shared_address(&state.work_empty[slot]), lane);
   }
 }
 
@@ -907,16 +906,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hopper_mxfp4_prefill(co
   if (thread == 0) {
     for (int i = 0; i < LINES; i++) {
       barrier_init(shared_address(&state.line_full[i]), GATHERERS);
-      barrier_init(shared_address(&state.line_empty[i]), CONSUMERS / 32);
+      barrier_init(shared_address(&state.line_empty[i]), CONSUMERS / 32 * WARP_ARRIVALS);
     }
     for (int w = 0; w < WARPGROUPS; w++)
       for (int i = 0; i < WEIGHT_SLOTS; i++) {
         barrier_init(shared_address(&state.weights_full[w][i]), 1);
-        barrier_init(shared_address(&state.weights_empty[w][i]), 4);
+        barrier_init(shared_address(&state.weights_empty[w][i]), 4 * WARP_ARRIVALS);
       }
     for (int i = 0; i < 2; i++) {
       barrier_init(shared_address(&state.work_full[i]), 1);
-      barrier_init(shared_address(&state.work_empty[i]), GATHER_WARPS + CONSUMERS / 32);
+      barrier_init(shared_address(&state.work_empty[i]), (GATHER_WARPS + CONSUMERS / 32) * WARP_ARRIVALS);
     }
     barrier_init_fence();
   }

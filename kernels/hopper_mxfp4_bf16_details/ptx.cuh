@@ -102,6 +102,18 @@ __device__ __forceinline__ void barrier_arrive_and_expect(u32 barrier, u32 bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// All lanes of a warp arrive, one of them for all. compute-sanitizer's racecheck does not follow a __syncwarp into another lane's arrival: for
+// its sake every lane can arrive for itself.
+#ifndef EACH_LANE_ARRIVES
+#define EACH_LANE_ARRIVES 0
+#endif
+constexpr int WARP_ARRIVALS = EACH_LANE_ARRIVES ? 32 : 1;  // of a warp, for barrier_init
+
+__device__ __forceinline__ void warp_arrives(u32 barrier, int lane) {
+  __syncwarp();
+  if (EACH_LANE_ARRIVES || lane == 0) barrier_arrive(barrier);
+}
+
 // Returns once the phase of this parity is over. Whoever waits must wait for every phase: a parity says nothing about a phase before.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(

@@ -210,6 +210,12 @@ inline void barrier_arrive_and_expect(u32 address, u32 bytes) {
   barrier_at(address).phase_and_bytes += 2 * bytes;
   barrier_arrive(address);
 }
+#define EACH_LANE_ARRIVES 0
+constexpr int WARP_ARRIVALS = 1;
+inline void warp_arrives(u32 address, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(address);
+}
 inline void barrier_wait(u32 address, u32 parity) {
   wait_while(&barrier_at(address).phase_and_bytes, 1, (int)parity);
 }
