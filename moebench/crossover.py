@@ -162,7 +162,7 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     for (num_tokens, backend), rows in points.items():
         by_rank: dict[tuple[int, int], list[Record]] = defaultdict(list)
         for record in rows:
-            if usable(record) and (not record.flags or _only_power_capped(record)):
+            if usable(record) and _may_win(record):
                 by_rank[record.case.tp_rank, record.case.ep_rank].append(record)
         if reason := _why_not(rows, len(by_rank), num_ranks):
             excluded.append(Excluded(backend=backend, num_tokens=num_tokens, reason=reason))
@@ -172,11 +172,15 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     return entries, excluded, num_ranks
 
 
-def _only_power_capped(record: Record) -> bool:
-    """Whether the card lowered its clock to keep its power limit, and nothing else is in doubt. From some size on every backend runs into
-    that limit, the sooner the faster it is: without such rows the slowest backend would be left as the winner."""
-    seen = record.telemetry
-    if record.flags.keys() != {"throttled"} or seen is None or not seen.reasons.get("sw_power_cap"):
+def _may_win(record: Record) -> bool:
+    """Whether nothing is in doubt but a clock that was lowered to keep the power limit, and how well that left the median known. From some
+    size on every backend runs into that limit, the sooner the faster it is: without such rows the slowest would be left as the winner. The
+    clock moves in steps, so few samples know the median to 2 %; how well they do is in the interval, which decides between win and tie."""
+    wide = record.timing is not None and record.timing.is_wide
+    seen, doubts = record.telemetry, set(record.flags) - ({"unstable"} if wide else set())
+    if not doubts:
+        return True
+    if doubts != {"throttled"} or seen is None or not seen.reasons.get("sw_power_cap"):
         return False
     return not any(share for name, share in seen.reasons.items() if name not in ("sw_power_cap", "gpu_idle", "user_clocks"))
 

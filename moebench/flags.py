@@ -11,7 +11,6 @@ from moebench.record import Record, Timing
 # Measured on an H200 with nothing else on it: medians of fresh processes vary by 0.1 to 0.4 % at most points and 1.35 % at the worst,
 # samples within a process by 0.3 to 1.8 %. What moves by more than 2 % was moved by something.
 CANARY_DRIFT = 0.02
-MEDIAN_HALF_WIDTH = 0.02
 SAMPLE_DRIFT = 0.02
 # There an unhindered row runs at 1950 to 1980 of 1980 MHz (98.5 %), the longest power-capped ones at 1830 to 1875 (92 to 95 %).
 SLOW_CLOCK = 0.95
@@ -122,11 +121,9 @@ def _unstable(record: Record) -> str:
     timing = record.timing
     if timing is None or not timing.comparable or timing.stop_reason == "once" or not timing.median_us:
         return ""
-    low, high = timing.interval_us
-    half = (high - low) / 2 / timing.median_us
-    if timing.stop_reason in ("max_samples", "max_s") and half > MEDIAN_HALF_WIDTH:
+    if timing.is_wide:
         cap = "their number" if timing.stop_reason == "max_samples" else "time"
-        return f"{len(timing.samples_us)} samples, stopped by {cap}, know the median to {half:.1%} only"
+        return f"{len(timing.samples_us)} samples, stopped by {cap}, know the median to {timing.half_width:.1%} only"
     third = len(timing.samples_us) // 3
     if third < MIN_THIRD:
         return ""

@@ -22,6 +22,8 @@ from moebench.realized import Realized
 # 1.2  canary: matmul_us
 SCHEMA = "1.2"
 
+MEDIAN_HALF_WIDTH = 0.02  # samples of a process vary by 0.3 to 1.8 % on an H200 with nothing else on it
+
 Status = Literal[
     "ok",
     "skipped",
@@ -135,6 +137,17 @@ class Timing:
             return float(n)
         lag1: float = sum(map(mul, off, off[1:])) / total  # map ends with the shorter one
         return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval of the median, as a share of it."""
+        low, high = self.interval_us
+        return (high - low) / 2 / self.median_us
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether sampling ended by number or by time before the median was known well. Its interval says how well."""
+        return self.stop_reason in ("max_samples", "max_s") and self.half_width > MEDIAN_HALF_WIDTH
 
     @cached_property  # that of the fastest is compared with all others'
     def interval_us(self) -> tuple[float, float]:

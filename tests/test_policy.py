@@ -111,6 +111,20 @@ def test_a_row_that_only_ran_into_the_power_limit_can_win():
     assert ranges(table) == [(1, 1, "a")]
 
 
+def test_a_wide_interval_decides_between_win_and_tie_and_does_not_exclude():
+    capped = replace(TELEMETRY, reasons={"sw_power_cap": 1.0})
+    doubts = {"flags": {"throttled": "sw_power_cap active", "unstable": "knows the median to 12% only"}, "telemetry": capped}
+    wide = timed("b", 1, 5.0, how={"stop_reason": "max_samples", "spread": 0.12}, record=doubts)
+    assert wide.timing.is_wide
+    (table,) = crossovers([timed("a", 1, 10.0), wide])
+    assert (ranges(table), table.measured[0].ties) == ([(1, 1, "b")], ("b",))
+    (table,) = crossovers([timed("a", 1, 5.05), wide])
+    assert set(table.measured[0].ties) == {"a", "b"}
+    drifting = replace(wide, timing=replace(wide.timing, stop_reason="interval"))
+    (table,) = crossovers([timed("a", 1, 10.0), drifting])
+    assert ranges(table) == [(1, 1, "a")]
+
+
 def test_one_wrong_round_is_enough_and_a_flagged_round_is_left_out():
     first, second, third = rounds("b", 1, (5.0, 5.1, 5.2))
     wrong = replace(second, status="wrong", reason="off")
