@@ -51,7 +51,7 @@ RATE = 1980.0  # cycles a us
 
 
 def test_each_side_of_each_round_is_a_process_of_its_own_and_sides_swap_their_places():
-    plan = Plan(gates=10)
+    plan = Plan(gates=10, rounds=6)
     batches = list(plan.batches())
     assert plan.processes == 11 * 12
     assert [slowed for slowed, _ in batches] == [True] + [False] * 10
@@ -88,7 +88,7 @@ def test_processes_that_differ_too_much_make_no_gate_green_and_the_way_out_is_na
     assert same.text.startswith("0 of 3 gates of the same code are green")
     assert "gate with more rounds" in same.do
     assert not reach.ok
-    assert "Gate with more rounds than 6, or with --threshold" in reach.do
+    assert "Gate with more rounds than 8, or with --threshold" in reach.do
 
 
 def cell(**changes):
@@ -294,7 +294,7 @@ def test_the_command_without_a_gpu_runs_the_simulator_and_says_so(monkeypatch):
 
 def test_json_has_what_each_cell_was_promised_and_whether_that_was_kept(monkeypatch):
     told = json.loads(run(monkeypatch, "--gates", "1", "--json"))
-    assert (told["device"], told["rounds"], told["exit_code"]) == ("simulated clock", 6, 0)
+    assert (told["device"], told["rounds"], told["exit_code"]) == ("simulated clock", 8, 0)
     assert len(told["simulator"]) == 12
     assert [gate["slowdown"] for gate in told["gates"]] == [0.02, 0.03, 0.05, 0.1, 0.0]
     assert {one["kept"] for gate in told["gates"] for one in gate["cells"]} == {True}

@@ -21,7 +21,7 @@ from moebench.commands.gate_selfcheck import check_the_gate
 from moebench.commands.outcome import INTERRUPTED, OK, POINTS_FAILED, USAGE, fail
 from moebench.device import Device
 from moebench.gate import Rule
-from moebench.gate_check import GATES
+from moebench.gate_check import GATES, ROUNDS
 from moebench.gate_check import Plan as GatePlan
 from moebench.plan import Plan, Point
 from moebench.record import Record
@@ -45,7 +45,7 @@ TITLES = {
 
 @click.command()
 @click.option(
-    "--rounds", type=click.IntRange(0, 100), metavar="N", help="Fresh processes for the noise; 0: none.  [default: 5; with --gate 6 a side]"
+    "--rounds", type=click.IntRange(0, 100), metavar="N", help="Fresh processes for the noise; 0: none.  [default: 5; with --gate 8 a side]"
 )
 @click.option("--backend", help="Whose noise.  [default: triton_mxfp4_bf16 on sm80 and later, else torch]")
 @click.option("--gate", is_flag=True, help="Check the regression gate instead: the same code, and slower calls, as it sees them.")
@@ -71,7 +71,7 @@ def selfcheck(rounds: int | None, backend: str | None, gate: bool, gates: int | 
     except registry.RegistryError as error:
         fail([str(error)], USAGE)
     if gate:
-        check_the_gate(GatePlan(gates=gates or GATES, rounds=rounds or LEAST_ROUNDS), backend or "triton_mxfp4_bf16", simulated, as_json)
+        check_the_gate(GatePlan(gates=gates or GATES, rounds=rounds or ROUNDS), backend or "triton_mxfp4_bf16", simulated, as_json)
     rounds = 5 if rounds is None else rounds
     console = Console(stderr=as_json, highlight=False)
     name = "this machine"
