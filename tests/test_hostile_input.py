@@ -23,7 +23,8 @@ from tests.running import ENVIRONMENT, moebench
 from tests.test_journal import DEVICE, RECORD
 
 CORPUS = Path(__file__).parent / "corpus"
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# a busy machine takes a minute to find all characters for the first time, in a fresh checkout
+FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 BACKENDS = ["torch", "numpy", "triton_mxfp4_bf16"]
 
 words = st.one_of(

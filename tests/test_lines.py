@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moebench.conform import misfit
@@ -18,7 +18,7 @@ from tests.test_journal import GOLDEN, RECORD
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "example" / "journal.jsonl"
 ROWS = [RECORD, *rounds.rows(1, 1, lambda cell, number: 50.0, samples=9), *whole_run()[-4:]]
-MANY = settings(max_examples=400, deadline=None)
+MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no defect
 
 leaves = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.integers(10**18, 10**25), st.floats(), st.text(max_size=4)),

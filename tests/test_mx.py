@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebench import mx
@@ -166,7 +166,7 @@ def test_leading_shapes_are_kept(shape):
     assert torch.equal(mx.dequantize_mxfp4(mx.quantize_mxfp4(x)), x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(width=32, allow_nan=False, min_value=-(2.0**100), max_value=2.0**100), min_size=32, max_size=32), st.booleans())
 def test_mxfp8_of_any_block_is_the_definition_in_float64(values, round_up):
     x = np.array(values, np.float32)
@@ -183,7 +183,7 @@ def test_mxfp8_of_any_block_is_the_definition_in_float64(values, round_up):
     assert np.array_equal(got, want)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(width=32, allow_nan=False, min_value=-(2.0**100), max_value=2.0**100), min_size=32, max_size=32), st.booleans())
 def test_quantizing_what_was_dequantized_changes_nothing(values, round_up):
     rule = "round_up" if round_up else "ocp"

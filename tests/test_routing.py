@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebench.case import case
@@ -41,7 +41,7 @@ def test_ids_are_distinct_and_weights_positive_uneven_and_exact_in_bf16(spec, to
         assert (np.diff(got.topk_ids) < 0).mean() > 0.3  # slots are in no order of the experts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_every_accepted_routing_gives_distinct_experts(data):
     experts = data.draw(st.integers(1, 40))
