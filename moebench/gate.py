@@ -272,7 +272,8 @@ def _flips_agree(rounds: Floats, asked: Flags) -> Flags:
     for start in range(0, len(chosen), 512):
         part = chosen[start : start + 512]
         sums = part @ signs
-        found[start : start + 512] = (sums >= part.sum(-1, keepdims=True) - 1e-12).mean(-1) <= FLIP_LEVEL
+        as_large = np.count_nonzero(sums >= part.sum(-1, keepdims=True) - 1e-12, axis=-1)
+        found[start : start + 512] = as_large / signs.shape[-1] <= FLIP_LEVEL
     agrees[asked] = found
     return agrees
 

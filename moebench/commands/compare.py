@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from moebench.commands.outcome import NO_VERDICT, UNREADABLE, fail
-from moebench.commands.uncollected import uncollected
+from moebench.commands.uncollected import kept, uncollected
 from moebench.compare import Comparison, environment
 from moebench.compare import compare as compare_records
 from moebench.journal import Run, load_run, merge
@@ -27,7 +27,7 @@ def compare(base: Path, candidate: Path, across: bool, style: str) -> None:
 
     A report, not a gate: it exits 0 whatever it finds, and 4 where nothing can be compared."""
     try:
-        runs = load_run(base), load_run(candidate)
+        runs = kept((load_run(base), load_run(candidate)))
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     for run in runs:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moebench.baselines import BaselineError, is_baseline, is_store, load, matching
 from moebench.commands.outcome import NO_VERDICT, OK, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
-from moebench.commands.uncollected import uncollected
+from moebench.commands.uncollected import kept, uncollected
 from moebench.flags import FLAGS
 from moebench.gate import Rule
 from moebench.journal import Run, load_run
@@ -105,7 +105,7 @@ def gate(
     4 no verdict, 5 storage error, 6 unreadable run."""
     options = options_of(threshold, ignore, strict, allow_missing, flags)
     try:
-        new = load_run(candidate)
+        new = kept(load_run(candidate))
         stored: Stored | None = None
         if is_store(base):
             base = matching(base, new)
@@ -113,7 +113,7 @@ def gate(
             stored = load(base).stored(str(base), trust_stored)
         elif trust_stored:
             fail([f"--trust-stored is about stored baselines, and {base} is none (moebench baseline list)"], USAGE)
-        old, again = load_run(base), load_run(control) if control else None
+        old, again = kept((load_run(base), load_run(control) if control else None))
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     except BaselineError as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from moebench import serving_flags
 from moebench.case import Case
 from moebench.commands.outcome import NO_VERDICT, UNREADABLE, USAGE, fail
-from moebench.commands.uncollected import uncollected
+from moebench.commands.uncollected import kept, uncollected
 from moebench.crossover import crossovers, one_by_one
 from moebench.journal import load_run, merge
 from moebench.record import Record, RecordError
@@ -35,7 +35,7 @@ def policy(runs: tuple[Path, ...], style: str, server_version: str | None) -> No
     if server_version and style not in pages.NAMES:
         fail([f"--server-version {server_version}: only with --format vllm or sglang"], USAGE)
     try:
-        loaded = [load_run(path) for path in runs]
+        loaded = kept([load_run(path) for path in runs])
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     for run in loaded:

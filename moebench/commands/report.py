@@ -9,7 +9,7 @@ import click
 
 from moebench.case import did_you_mean
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
-from moebench.commands.uncollected import uncollected
+from moebench.commands.uncollected import kept, uncollected
 from moebench.journal import RUNS, Run, load_run, merge
 from moebench.record import RecordError
 from moebench.reports import json_rows, markdown, table_csv
@@ -36,7 +36,7 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
 
     An html report is one page that needs nothing else: no server, no network."""
     try:
-        loaded = [load_run(path) for path in runs or (_newest(),)]
+        loaded = kept([load_run(path) for path in runs or (_newest(),)])
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     for run in loaded:
