@@ -41,8 +41,8 @@ IDLE_S = 3.0  # that the sensors get to say what a GPU without us is like
 CHANCE = 0.01  # with which a promise that holds 9 times in 10 is broken as often as it was
 # start: from a cold disk; prepare: kernels may be compiled.
 DEADLINES_S: Mapping[str, float] = {"start": 120.0, "import": 180.0, "prepare": 300.0, "turn": 60.0, "teardown": 20.0}
-# Shorter than a point's, since a gate of three cells takes 36 of them: 0.05 s know a median of an H200 to 0.1 to 0.3 %.
 ROUNDS = Rule().least_rounds + 2  # of 20 gates with 6 rounds 4 had no verdict on an H200, since one round of a cell was in doubt
+# Shorter than a point's, since a gate of three cells takes 48 of them: 0.05 s know a median of an H200 to 0.1 to 0.3 %.
 RULE = StopRule(min_samples=30, max_samples=400, min_s=0.05, max_s=0.5, warmup_s=0.03, max_warmup_s=0.5, batch_s=0.02)
 
 SIMULATED = Device(arch="sm90", name="simulated GPU", torch=None, memory_bytes=0)
