@@ -23,7 +23,8 @@ Key = tuple[Case, str, Scope]
 
 ERROR_FACTOR = 2.0  # of the relative L2 error: more is another class of numerics; a tile shape or a summation order changes it by less
 ERROR_SHARE = 0.05  # of its tolerance, below which an error may grow
-CLOCK_DRIFT = 0.015  # of the SM clock; an H200 that nothing hinders shows 1950 to 1980 MHz, 1.5 % apart
+CLOCK_DRIFT = 0.015  # of a clock; the SM clock of an H200 that nothing hinders is 1950 to 1980 MHz, 1.5 % apart
+OTHER_CLOCK = 0.05  # of the SM clock: beyond, another state of the machine; up to it, what the clock may explain is taken into account
 POWER_DRIFT = 0.01  # of the power limit
 CONTROL_DRIFT = 0.01  # of a control, which no change can touch
 CONTROLS: dict[str, Callable[[Canary], float]] = {
@@ -254,9 +255,33 @@ def _timed(pairs: Sequence[_Pair], options: Options, stored: Stored | None, unfi
     effects = of_rounds(differences)
     if stored is not None and stored.calibrated:
         effects = _against_jobs(pairs, stored)
-    found = find(effects, floor, rule)
+    found = _whatever_the_clock(effects, np.array([_clock_shift(pair) for pair in pairs]), floor, rule)
     family = int(found.decided.sum())
     return [_verdict(pair, number, effects, found, float(floor[number]), family, options, unfit) for number, pair in enumerate(pairs)]
+
+
+def _whatever_the_clock(effects: Effects, shifts: Floats, floor: Floats, rule: Rule) -> Findings:
+    """Only what is true of the times as they are and of those that one SM clock for both sides would give; a time changes by no more
+    than the clock."""
+    found = find(effects, floor, rule)
+    if not shifts.any():
+        return found
+    up, down = (find(_shifted(effects, limit(shifts, 0.0)), floor, rule) for limit in (np.maximum, np.minimum))
+    return replace(
+        found,
+        slower=down.slower,
+        faster=up.faster,
+        clears=up.clears,
+        gains_little=down.gains_little,
+        low=down.low,
+        high=up.high,
+        sees=found.sees + np.abs(shifts),
+    )
+
+
+def _shifted(effects: Effects, by: Floats) -> Effects:
+    differences = None if effects.differences is None else effects.differences + by[:, None]
+    return replace(effects, estimate=effects.estimate + by, differences=differences)
 
 
 def _controls(pairs: Sequence[_Pair]) -> Floats:
@@ -291,7 +316,8 @@ def _verdict(
 ) -> Verdict:
     case, backend, scope = pair.key
     usable, rule = len(pair.usable), options.rule
-    reason = unfit or _too_little(pair, rule) or _clock(pair)
+    clock = _clock(pair)
+    reason = unfit or _too_little(pair, rule) or (clock if abs(_clock_shift(pair)) > OTHER_CLOCK else "")
     decided = bool(found.decided[number]) and not reason
     outcome: Outcome = "unclear"
     if decided and found.slower[number]:
@@ -311,6 +337,7 @@ def _verdict(
         reason = "too few of its times are numbers" if known else f"the baseline has fewer than {LEAST_JOBS} jobs of it"
     if outcome == "unclear" and decided:
         reason = "not slower; how much faster cannot be said" if clears else _between(found, number, rule)
+        reason += f"; {clock}" if clock else ""
     known = bool(np.isfinite(effects.estimate[number]))
     bounded = known and bool(np.isfinite(found.low[number]))
     return Verdict(
@@ -496,10 +523,27 @@ def _too_little(pair: _Pair, rule: Rule) -> str:
     return ""
 
 
+def _clocks(pair: _Pair) -> tuple[float, float]:
+    """Medians of the rounds that count, in MHz; 0 where nothing is known."""
+    base, candidate = (
+        _median(row.telemetry.sm_mhz[1] for number in pair.usable if (row := side[number]).telemetry)
+        for side in (pair.base, pair.candidate)
+    )
+    return base, candidate
+
+
+def _clock_shift(pair: _Pair) -> float:
+    """By how much the candidate's log ratio could be larger had it not had the faster clock; negative: the base had it."""
+    base, candidate = _clocks(pair)
+    if not base or not candidate or _apart(base, candidate) <= CLOCK_DRIFT:
+        return 0.0
+    return log(candidate / base)
+
+
 def _clock(pair: _Pair) -> str:
-    clocks = [_median(row.telemetry.sm_mhz[1] for row in side.values() if row.telemetry) for side in (pair.base, pair.candidate)]
-    if clocks[0] and clocks[1] and _apart(*clocks) > CLOCK_DRIFT:
-        return f"the SM clock was {clocks[0]:.0f} MHz for the base and {clocks[1]:.0f} MHz for the candidate"
+    base, candidate = _clocks(pair)
+    if base and candidate and _apart(base, candidate) > CLOCK_DRIFT:
+        return f"the SM clock was {base:.0f} MHz for the base and {candidate:.0f} MHz for the candidate"
     return ""
 
 

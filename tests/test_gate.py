@@ -229,6 +229,43 @@ def test_another_sm_clock_makes_a_cell_unclear():
     assert found.answer == "none"
 
 
+@pytest.mark.parametrize(
+    ("us", "mhz", "outcome"),
+    [
+        (100.0, 1935.0, "same"),  # at the base's clock it would take 97.7 to 100 us
+        (100.0, 1900.0, "unclear"),  # or 96 to 100, perhaps more than 3 % faster
+        (102.0, 1980.0, "same"),
+        (101.5, 2015.0, "unclear"),  # or 101.5 to 103.3
+        (106.0, 1935.0, "slower"),  # or 103.6
+        (104.5, 1935.0, "unclear"),  # or 102.1, which may pass
+        (97.0, 2015.0, "unclear"),  # or 98.7
+        (95.0, 2012.0, "faster"),  # or 96.5
+    ],
+)
+def test_a_small_difference_of_clocks_leaves_what_it_cannot_explain(us, mhz, outcome):
+    def clock(row):
+        return replace(row, telemetry=replace(row.telemetry, sm_mhz=(mhz, mhz, mhz))) if row.case == rounds.cases(6)[1] else row
+
+    found = judge(BASE, run("clock", lambda c, n: us if c == 1 else 100.0, change=clock))
+    assert outcomes(found)[rounds.cases(6)[1]] == outcome
+    if outcome == "unclear":
+        (unclear,) = only(found, "unclear")
+        assert unclear.reason.endswith(f"the SM clock was 1980 MHz for the base and {mhz:.0f} MHz for the candidate")
+
+
+def test_the_clock_of_a_round_that_does_not_count_does_not_count():
+    mhz = {0: 1500.0, 1: 1500.0, 2: 1500.0, 3: 1935.0, 4: 1935.0, 5: 1935.0, 6: 1935.0}  # of all rounds the median is 1935, else 1980
+
+    def clocks(row):
+        if row.case != rounds.cases(6)[1] or row.round not in mhz:
+            return row
+        flags = {"throttled": "SM clock 1500 of 1980 MHz"} if mhz[row.round] == 1500.0 else {}
+        return replace(row, flags=flags, telemetry=replace(row.telemetry, sm_mhz=(mhz[row.round],) * 3))
+
+    found = judge(BASE, run("throttled", lambda c, n: 98.0 if c == 1 else 100.0, change=clocks))
+    assert outcomes(found)[rounds.cases(6)[1]] == "same"  # 4 % faster, perhaps, had all rounds counted
+
+
 def test_times_that_are_no_numbers_decide_nothing():
     def broken(row):
         return replace(row, timing=replace(row.timing, samples_us=(nan,))) if row.case == rounds.cases(6)[0] else row
