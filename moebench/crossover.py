@@ -10,6 +10,7 @@ from statistics import fmean
 
 from moebench.case import Case, layer_of
 from moebench.compare import Rounds, ratio, rounds_of, usable
+from moebench.flags import doubts
 from moebench.record import Record, Scope
 
 Allowed = Callable[[str, Case, str], bool]  # backend, a case of the table, arch
@@ -162,7 +163,7 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     for (num_tokens, backend), rows in points.items():
         by_rank: dict[tuple[int, int], list[Record]] = defaultdict(list)
         for record in rows:
-            if usable(record) and _may_win(record):
+            if usable(record) and not doubts(record):
                 by_rank[record.case.tp_rank, record.case.ep_rank].append(record)
         if reason := _why_not(rows, len(by_rank), num_ranks):
             excluded.append(Excluded(backend=backend, num_tokens=num_tokens, reason=reason))
@@ -170,19 +171,6 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
         slowest = max(map(rounds_of, by_rank.values()), key=lambda rounds: rounds.center_us)
         entries[num_tokens].append(_Entry(backend=backend, slowest=slowest))
     return entries, excluded, num_ranks
-
-
-def _may_win(record: Record) -> bool:
-    """Whether nothing is in doubt but a clock that was lowered to keep the power limit, and how well that left the median known. From some
-    size on every backend runs into that limit, the sooner the faster it is: without such rows the slowest would be left as the winner. The
-    clock moves in steps, so few samples know the median to 2 %; how well they do is in the interval, which decides between win and tie."""
-    wide = record.timing is not None and record.timing.is_wide
-    seen, doubts = record.telemetry, set(record.flags) - ({"unstable"} if wide else set())
-    if not doubts:
-        return True
-    if doubts != {"throttled"} or seen is None or not seen.reasons.get("sw_power_cap"):
-        return False
-    return not any(share for name, share in seen.reasons.items() if name not in ("sw_power_cap", "gpu_idle", "user_clocks"))
 
 
 def _why_not(rows: Sequence[Record], num_able: int, num_ranks: int) -> str:

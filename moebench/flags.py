@@ -79,6 +79,23 @@ def raised(record: Record, *, foreign_utilization: float = 0.0) -> dict[str, str
     return {name: sentence for name, sentence in found.items() if sentence}
 
 
+def doubts(record: Record) -> set[str]:
+    """Flags that speak against a row as what this GPU takes for this call: not a clock that was lowered to keep the power limit, nor how
+    well that left the median known. From some size on every backend runs into that limit, the sooner the faster it is, and a row
+    without it would need another GPU. The clock moves in steps, so few samples know the median to 2 %; that is in an interval over
+    samples or over rounds, which decides then."""
+    wide = record.timing is not None and record.timing.is_wide
+    return set(record.flags) - ({"unstable"} if wide else set()) - ({"throttled"} if at_power_limit(record) else set())
+
+
+def at_power_limit(record: Record) -> bool:
+    """Whether the clock was lowered for that and for nothing else."""
+    seen = record.telemetry
+    if seen is None or "throttled" not in record.flags or not seen.reasons.get("sw_power_cap"):
+        return False
+    return not any(share for name, share in seen.reasons.items() if name not in ("sw_power_cap", "gpu_idle", "user_clocks"))
+
+
 def _throttled(record: Record) -> str:
     seen = record.telemetry
     if seen is None or record.timing is None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from moebench.case import Case
 from moebench.compare import Side, sides
-from moebench.flags import FLAGS
+from moebench.flags import FLAGS, at_power_limit, doubts
 from moebench.gate import Effects, Findings, Floats, Outcome, Rule, find, floors, of_rounds, rounds_needed
 from moebench.journal import Run, merge
 from moebench.record import Canary, Record, Scope, Status
@@ -198,7 +198,7 @@ class _Pair:
         return tuple(name for name in FLAGS if name in found)
 
     def _doubts(self, row: Record) -> set[str]:
-        return row.flags.keys() - self.allowed_flags if row.flags else set()
+        return doubts(row) - self.allowed_flags if row.flags else set()
 
 
 def _match(key: Key, old: Side, new: Side, again: Side, options: Options) -> tuple[Verdict | None, _Pair | None]:
@@ -524,7 +524,11 @@ def _too_little(pair: _Pair, rule: Rule) -> str:
 
 
 def _clocks(pair: _Pair) -> tuple[float, float]:
-    """Medians of the rounds that count, in MHz; 0 where nothing is known."""
+    """Medians of the rounds that count, in MHz; 0 where nothing is known, or where the power limit sets the clock: then what a call
+    draws does, and the clock is a part of what it takes."""
+    sides = ([side[number] for number in pair.usable] for side in (pair.base, pair.candidate))
+    if any(2 * sum(map(at_power_limit, rows)) >= len(rows) > 0 for rows in sides):
+        return 0.0, 0.0
     base, candidate = (
         _median(row.telemetry.sm_mhz[1] for number in pair.usable if (row := side[number]).telemetry)
         for side in (pair.base, pair.candidate)

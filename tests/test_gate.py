@@ -253,6 +253,27 @@ def test_a_small_difference_of_clocks_leaves_what_it_cannot_explain(us, mhz, out
         assert unclear.reason.endswith(f"the SM clock was 1980 MHz for the base and {mhz:.0f} MHz for the candidate")
 
 
+def test_rows_at_the_power_limit_are_judged_by_how_they_spread_over_rounds():
+    def capped(mhz, **reasons):
+        def change(row):
+            if row.case != rounds.cases(6)[1]:
+                return row
+            seen = replace(row.telemetry, sm_mhz=(mhz, mhz, 1980.0), reasons={"sw_power_cap": 1.0, **reasons})
+            return replace(row, flags={"throttled": "SM clock 1800 of 1980 MHz; sw_power_cap"}, telemetry=seen)
+
+        return change
+
+    base = run("capped base", change=capped(1750.0))
+    found = judge(base, run("capped", lambda c, n: 105.0 if c == 1 else 100.0, change=capped(1680.0)))  # the clocks are 4 % apart
+    assert outcomes(found)[rounds.cases(6)[1]] == "slower"
+    assert outcomes(judge(base, run("as fast", change=capped(1680.0))))[rounds.cases(6)[1]] == "same"
+    restless = judge(base, run("restless", lambda c, n: 100.0 + 5 * (n % 2) if c == 1 else 100.0, change=capped(1750.0)))
+    assert outcomes(restless)[rounds.cases(6)[1]] == "unclear"
+    hot = judge(base, run("hot", change=capped(1750.0, sw_thermal_slowdown=0.2)))
+    (unclear,) = only(hot, "unclear")
+    assert unclear.reason == "12 of 12 rounds are in doubt: throttled"
+
+
 def test_the_clock_of_a_round_that_does_not_count_does_not_count():
     mhz = {0: 1500.0, 1: 1500.0, 2: 1500.0, 3: 1935.0, 4: 1935.0, 5: 1935.0, 6: 1935.0}  # of all rounds the median is 1935, else 1980
 
