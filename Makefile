@@ -1,7 +1,7 @@
 PYTHON ?= python3
 EXTRAS ?=
 RUN ?=
-JOBS ?= 2
+JOBS ?= 3
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

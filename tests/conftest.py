@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import ENVIRONMENT
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 # Where files run beside each other, a long one that began last would run alone.
 LONGEST_FIRST = (
@@ -18,6 +20,26 @@ LONGEST_FIRST = (
     "test_prebuild.py",
     "test_hopper_mxfp4_bf16_compile_gate.py",
 )
+# The processes that these start by the hundred run what those of other files run too; coverage makes a worker take half as long again.
+UNMEASURED = {
+    "test_ahead",
+    "test_compile_gate",
+    "test_hopper_mxfp4_bf16_compile_gate",
+    "test_hostile_input",
+    "test_resume",
+    "test_sweep",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processes_that_coverage_leaves_alone(request):
+    if request.module.__name__.rpartition(".")[2] not in UNMEASURED:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COVERAGE_PROCESS_CONFIG", "")
+        patch.setitem(ENVIRONMENT, "COVERAGE_PROCESS_CONFIG", "")
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
