@@ -1,9 +1,12 @@
 """What every test gets: GPU tests are skipped where there is no GPU, and files that take a minute or more begin first."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+# before any test module makes an environment of its own from this one
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "untraced"), *filter(None, [os.environ.get("PYTHONPATH")])])
 GPU_TESTS = Path(__file__).parent / "gpu"
 # Where files run beside each other, a long one that began last would run alone.
 LONGEST_FIRST = (
