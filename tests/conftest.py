@@ -1,11 +1,12 @@
 """What every test gets: GPU tests are skipped where there is no GPU, and files that take a minute or more begin first."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.running import ENVIRONMENT
-
+# before any test module makes an environment of its own from this one
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "untraced"), *filter(None, [os.environ.get("PYTHONPATH")])])
 GPU_TESTS = Path(__file__).parent / "gpu"
 # Where files run beside each other, a long one that began last would run alone.
 LONGEST_FIRST = (
@@ -20,26 +21,6 @@ LONGEST_FIRST = (
     "test_prebuild.py",
     "test_hopper_mxfp4_bf16_compile_gate.py",
 )
-# The processes that these start by the hundred run what those of other files run too; coverage makes a worker take half as long again.
-UNMEASURED = {
-    "test_ahead",
-    "test_compile_gate",
-    "test_hopper_mxfp4_bf16_compile_gate",
-    "test_hostile_input",
-    "test_resume",
-    "test_sweep",
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def processes_that_coverage_leaves_alone(request):
-    if request.module.__name__.rpartition(".")[2] not in UNMEASURED:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COVERAGE_PROCESS_CONFIG", "")
-        patch.setitem(ENVIRONMENT, "COVERAGE_PROCESS_CONFIG", "")
-        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 
 import pytest
 
@@ -10,6 +11,22 @@ from tests.kill_resume import kill_and_resume
 from tests.running import moebench
 
 TINY = ("sweep", "--model", "tiny", "--repeat-check", "5", "--out", "run")
+ONE = (*TINY, "--tokens", "1", "--backend", "torch")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Where ONE was run as a resumption of nothing."""
+    directory = tmp_path_factory.mktemp("one")
+    moebench(*ONE, "--resume", cwd=directory, check=0)
+    return directory
+
+
+@pytest.fixture
+def finished(one, tmp_path):
+    """A copy of that run, for a test that damages it or tries to."""
+    shutil.copytree(one / "run", tmp_path / "run")
+    return tmp_path
 
 
 def test_resume_does_only_what_is_missing(tmp_path):
@@ -48,39 +65,34 @@ def test_what_failed_is_tried_once_more_and_what_is_wrong_is_not(tmp_path):
         assert json.loads(again.stdout)["counts"] == {"failed": 1, "wrong": 1, "crash": 1, "ok": 1}  # a point counts once
 
 
-def test_resuming_where_nothing_was_stored_begins(tmp_path):
-    command = (*TINY, "--tokens", "1", "--backend", "torch", "--resume")
-    moebench(*command, cwd=tmp_path, check=0)
-    assert [r.status for r in load_run(tmp_path / "run").records] == ["ok"]
+def test_resuming_where_nothing_was_stored_begins(one):
+    assert [r.status for r in load_run(one / "run").records] == ["ok"]
 
 
-def test_resuming_a_journal_that_cannot_be_read_is_an_error_that_names_the_line(tmp_path):
-    command = (*TINY, "--tokens", "1", "--backend", "torch")
-    moebench(*command, cwd=tmp_path, check=0)
-    journal = tmp_path / "run" / "journal.jsonl"
+def test_resuming_a_journal_that_cannot_be_read_is_an_error_that_names_the_line(finished):
+    journal = finished / "run" / "journal.jsonl"
     journal.write_text("nonsense\n" + journal.read_text())
     before = journal.read_bytes()
-    done = moebench(*command, "--resume", cwd=tmp_path, check=6)
+    done = moebench(*ONE, "--resume", cwd=finished, check=6)
     assert "journal.jsonl, line 1 (byte 0): is no record" in done.stderr
     assert "moebench fsck run" in done.stderr
     assert "Traceback" not in done.stderr
     assert journal.read_bytes() == before
 
 
-def test_a_run_directory_is_not_overwritten_nor_resumed_with_another_plan(tmp_path):
+def test_a_run_directory_is_not_overwritten_nor_resumed_with_another_plan(finished):
     command = (*TINY, "--backend", "torch")
-    moebench(*command, "--tokens", "1", cwd=tmp_path, check=0)
-    assert "--resume" in moebench(*command, "--tokens", "1", cwd=tmp_path, check=2).stderr
-    assert "another plan" in moebench(*command, "--tokens", "2", "--resume", cwd=tmp_path, check=2).stderr
+    assert "--resume" in moebench(*ONE, cwd=finished, check=2).stderr
+    assert "another plan" in moebench(*command, "--tokens", "2", "--resume", cwd=finished, check=2).stderr
     elsewhere = ("sweep", "--model", "tiny", "--tokens", "2", "--backend", "torch", "--resume")
-    assert "no run of this plan" in moebench(*elsewhere, cwd=tmp_path, check=2).stderr
+    assert "no run of this plan" in moebench(*elsewhere, cwd=finished, check=2).stderr
 
 
 def test_a_full_disk_ends_the_run_with_5_and_what_was_measured_is_printed(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # a child inherits it; this process writes no file meanwhile
     try:
-        done = moebench(*TINY, "--tokens", "1:12:1", "--backend", "torch", cwd=tmp_path)
+        done = moebench(*TINY, "--tokens", "1:12:1", "--backend", "fault_ok", cwd=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert done.returncode == 5, done.stderr
@@ -89,7 +101,7 @@ def test_a_full_disk_ends_the_run_with_5_and_what_was_measured_is_printed(tmp_pa
     assert 1 <= len(kept) < 12
     assert f"{len(kept) + 1} records: {len(kept) + 1} ok" in done.stdout  # the one that did not fit is in the table
     assert moebench("fsck", "run", cwd=tmp_path, check=0).stdout == "run: all is well\n"
-    moebench(*TINY, "--tokens", "1:12:1", "--backend", "torch", "--resume", cwd=tmp_path, check=0)
+    moebench(*TINY, "--tokens", "1:12:1", "--backend", "fault_ok", "--resume", cwd=tmp_path, check=0)
     assert len(load_run(tmp_path / "run").records) == 12
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moebench.device import detect
 from moebench.journal import load_run
 from tests.orphans import left_over
 from tests.running import ENVIRONMENT, heed_interrupts, moebench
@@ -113,21 +114,39 @@ def test_what_a_backend_says_of_itself_is_in_the_record(faulty):
     assert {r.facts["largest_batch"] for r in run.records if r.backend == "fault_ok"} == {8}
 
 
-def test_rows_of_another_architecture_are_skipped_with_a_sentence(tmp_path):
-    moebench(
-        "sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--arch", "cpu,sm100", "--out", "run", cwd=tmp_path, check=0
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Of no token and one, for this machine and for another, in a process that tells whether it imported torch."""
+    directory = tmp_path_factory.mktemp("small")
+    here = detect().arch
+    other = "sm100" if here != "sm100" else "cpu"
+    (directory / "small.toml").write_text(
+        '[[sweep]]\nmodel = "tiny"\ntokens = "0,1"\nbackend = "torch"\n'
+        '[[sweep]]\nmodel = "tiny"\ntokens = "0"\nbackend = "numpy,triton_mxfp4_bf16"\n'
     )
-    rows = {r.arch: r for r in load_run(tmp_path / "run").records}
-    assert rows["cpu"].status == "ok" or rows["cpu"].reason  # skipped where this test runs on a GPU machine
-    assert rows["sm100"].status == "skipped"
-    assert "moebench report" in rows["sm100"].reason
+    command = f"sweep --plan small.toml --arch {here},{other} --repeat-check 1 --out run"
+    code = (
+        "import sys; from moebench.cli import main\n"
+        f"try: main({command.split()})\n"
+        "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    records = load_run(directory / "run").records
+    return done, [r for r in records if r.arch == here], [r for r in records if r.arch == other]
 
 
-def test_zero_tokens_work(tmp_path):
-    moebench(
-        "sweep", "--model", "tiny", "--tokens", "0", "--backend", "torch,numpy,triton_mxfp4_bf16", "--out", "run", cwd=tmp_path, check=0
-    )
-    assert {r.status for r in load_run(tmp_path / "run").records} == {"ok"}
+def test_rows_of_another_architecture_are_skipped_with_a_sentence(small):
+    _, here, elsewhere = small
+    assert {(r.backend, r.case.num_tokens, r.status) for r in here if r.backend == "torch"} == {("torch", 0, "ok"), ("torch", 1, "ok")}
+    assert len(elsewhere) == 4
+    assert {r.status for r in elsewhere} == {"skipped"}
+    assert all("moebench report" in r.reason for r in elsewhere)
+
+
+def test_zero_tokens_work(small):
+    _, here, _ = small
+    rows = {r.backend: r.status for r in here if r.case.num_tokens == 0}
+    assert rows == dict.fromkeys(("torch", "numpy", "triton_mxfp4_bf16"), "ok")
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
@@ -310,13 +329,8 @@ def test_a_worker_dies_with_a_supervisor_that_is_killed(tmp_path):
     wait_for(lambda: left_over("MOEBENCH_TEST", str(tmp_path)) == [], 10)
 
 
-def test_the_supervisor_never_imports_torch(tmp_path):
-    code = (
-        "import sys; from moebench.cli import main\n"
-        "try: main('sweep --model tiny --tokens 1 --backend torch --repeat-check 1'.split())\n"
-        "except SystemExit as end: print('torch' in sys.modules, end.code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+def test_the_supervisor_never_imports_torch(small):
+    done, _, _ = small
     assert done.stdout.splitlines()[-1] == "False 0"
 
 

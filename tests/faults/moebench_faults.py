@@ -31,10 +31,22 @@ class CompilationError(Exception):
     """Named as Triton's."""
 
 
+KNOWN = {}
+
+
 def right(layer, tokens):
+    """Computed once for each input, down to its last bit: what goes wrong around it is tested, and timing it took a second a case."""
     from moebench.reference.torch_experts import experts
 
-    return experts(layer, tokens, "bf16").bfloat16()
+    if tokens.hidden_states.device.type != "cpu" or not len(tokens.topk_ids):  # no bytes can be viewed of no tokens
+        return experts(layer, tokens, "bf16").bfloat16()
+    import torch
+
+    read = (tokens.hidden_states, tokens.topk_ids, tokens.topk_weights)
+    key = (id(layer), *(part.contiguous().view(torch.uint8).numpy().tobytes() for part in read))
+    if key not in KNOWN:
+        KNOWN[key] = layer, experts(layer, tokens, "bf16").bfloat16()  # with the layer, so that no other gets its id
+    return KNOWN[key][1].clone()
 
 
 def raises(layer, tokens):
@@ -153,16 +165,13 @@ def slow(layer, tokens):
 
 
 class Sporadic(Fault):
-    """Wrong in every hundredth launch and right at once in all others: of each batch the right output is kept."""
+    """Wrong in every hundredth launch and right in all others."""
 
     def prepare(self, layer, max_num_tokens):
-        known, launches = {}, []
+        launches = []
 
         def call(tokens):
-            key = (tokens.hidden_states.double().sum().item(), len(tokens.topk_ids))
-            if key not in known:
-                known[key] = right(layer, tokens)
-            out = known[key].clone()
+            out = right(layer, tokens)
             launches.append(None)
             if len(launches) % 100 == 0:
                 out[-1] = 0
