@@ -35,7 +35,7 @@ from moebench.reports.layers import Layers, layers
 from moebench.reports.ranks import Imbalance, balancedness, imbalances
 from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
 
-MOST_MAP_ROWS = 12  # layers; a cell has a text, which takes 1 ms to draw
+MOST_MAP_ROWS = 12  # layers; a cell has a text, and more rows than these nobody reads
 
 
 @dataclass(frozen=True, kw_only=True)
