@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from operator import mul
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
@@ -110,19 +110,18 @@ class Timing:
 
     @cached_property
     def _ordered_us(self) -> list[float]:
-        """Sorted once for quartiles and interval: 6 us for 60 samples, of 30 that a row of a table takes."""
+        """Sorted once for median, quartiles and interval: 6 us for 60 samples, of 30 that a row of a table takes."""
         return sorted(self.samples_us)
 
     @cached_property  # reports and the gate ask for it again and again
     def median_us(self) -> float:
-        return median(self.samples_us)
+        ordered, middle = self._ordered_us, len(self.samples_us) // 2
+        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
     @property
     def quartiles_us(self) -> tuple[float, float]:
-        if len(self.samples_us) < 2:
-            return self.samples_us[0], self.samples_us[0]
-        q1, _, q3 = quantiles(self._ordered_us, n=4, method="inclusive")
-        return q1, q3
+        """As statistics.quantiles(method="inclusive") has them, without its sorting once more and its median: 7 us of a row's."""
+        return _quartile(self._ordered_us, 1), _quartile(self._ordered_us, 3)
 
     @property
     def effective_samples(self) -> float:
@@ -299,6 +298,13 @@ class Manifest:
     plan_hash: str
     versions: dict[str, str] = field(default_factory=dict)
     schema: str = SCHEMA
+
+
+def _quartile(ordered: list[float], number: int) -> float:
+    """Between the two samples around it, by how far it is from each."""
+    below, quarters = divmod(number * (len(ordered) - 1), 4)
+    above = min(below + 1, len(ordered) - 1)
+    return (ordered[below] * (4 - quarters) + ordered[above] * quarters) / 4
 
 
 def energy_per_call_j(telemetry: Telemetry, timing: Timing) -> float | None:

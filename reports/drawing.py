@@ -1,24 +1,21 @@
-"""What all figures share: looks, panels with their axes, lines with their names, and how they come onto a canvas."""
+"""What all figures share: looks, panels with their axes, lines with their names, and what they are drawn on."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol, TypeAlias
 
 from moebench.reports.text import label
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.transforms import Transform
-    from matplotlib.typing import RcKeyType
-
 WIDE, NARROW = 900, 360  # pixels; the page shows one of the two
 MARKERS = "osD^vPX*"
+
+Place: TypeAlias = tuple[float, float]  # in points from the lower left corner of a sheet
+Align = Literal["left", "center", "right"]
+Baseline = Literal["baseline", "center", "top"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +55,30 @@ class Figure:
     notes: tuple[str, ...] = field(default=())
 
 
+class Paper(Protocol):
+    """What a sheet is drawn on: SVG, or matplotlib's canvas. Areas and strokes lie below lines, and those below texts."""
+
+    def text(
+        self, place: Place, text: str, *, colour: str, size: float, align: Align, baseline: Baseline, weight: str, rotation: int
+    ) -> None: ...
+
+    def line(
+        self, places: Sequence[Place], colour: str, width: float, *, marker: str, size: float, alpha: float, dashes: Sequence[float]
+    ) -> None: ...
+
+    def stroke(self, segments: Sequence[tuple[Place, Place]], colour: str, width: float) -> None: ...
+
+    def areas(self, found: Sequence[Sequence[Place]], colour: str, alpha: float, edge: str) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
     """Where a figure is drawn: in points from the lower left corner."""
 
-    canvas: Canvas
+    paper: Paper
     look: Look
     width: float
     height: float  # without the title that a picture file has above it
-    measured: bool  # texts: in a picture file; not in SVG, which a browser lays out
-
-    @property
-    def points(self) -> Transform:
-        from matplotlib.transforms import Affine2D
-
-        return Affine2D().scale(1 / 72) + self.canvas.dpi_scale_trans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class Panel:
     bottom: float
     top: float
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
+    def at(self, x: float, y: float) -> Place:
         return self.left + self.x.share(x) * (self.right - self.left), self.bottom + self.y.share(y) * (self.top - self.bottom)
 
 
@@ -147,22 +153,18 @@ DARK = Look(
     heat_ink=("#e6edf3", "#e6edf3", "#e6edf3", "#e6edf3", "#ffffff", "#0d1117", "#0d1117"),
 )
 
-# The page's own names for colours, as values that no figure uses otherwise; reports/page.css says what they are, light and dark.
-SLOT_ORDER = ("ink", "muted", "rule", "surface", *(f"s{i}" for i in range(8)), *(f"h{i}" for i in range(7)), *(f"i{i}" for i in range(7)))
-SLOTS = {name: f"#0{index:02x}e{index:02x}" for index, name in enumerate(SLOT_ORDER, 1)}
-
 
 def page_look(width: int) -> Look:
-    """The colours are slots, which the style sheet of the page fills."""
+    """The colours are variables, which the style sheet of the page fills, light and dark."""
     return Look(
         width=width,
-        ink=SLOTS["ink"],
-        muted=SLOTS["muted"],
-        rule=SLOTS["rule"],
-        surface=SLOTS["surface"],
-        series=tuple(SLOTS[f"s{i}"] for i in range(8)),
-        heat=tuple(SLOTS[f"h{i}"] for i in range(7)),
-        heat_ink=tuple(SLOTS[f"i{i}"] for i in range(7)),
+        ink="var(--ink)",
+        muted="var(--muted)",
+        rule="var(--rule)",
+        surface="var(--surface)",
+        series=tuple(f"var(--s{i})" for i in range(len(LIGHT.series))),
+        heat=tuple(f"var(--h{i})" for i in range(len(LIGHT.heat))),
+        heat_ink=tuple(f"var(--i{i})" for i in range(len(LIGHT.heat_ink))),
     )
 
 
@@ -170,32 +172,6 @@ def palettes() -> str:
     """The style sheet's variables: light, dark where the reader prefers it, and light on paper."""
     light, dark = _variables(LIGHT), _variables(DARK)
     return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n@media print{{:root{{{light}}}}}\n"
-
-
-@contextmanager
-def drawn_on_canvas(figure: Figure, look: Look, title: Sequence[str] = (), *, measured: bool = True) -> Iterator[Canvas]:
-    """On a canvas of its own: no state of pyplot, no display. Text is never parsed as mathematics: `$` in a name is a `$`.
-
-    Lines, areas and texts are put on the canvas at places of our own: matplotlib's axes and layout take 200 ms a figure, these 20."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
-    settings: dict[RcKeyType, object] = {
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": figure.name,
-        "text.color": look.ink,
-        "font.size": look.font,
-    }
-    height, above = figure.height(look), 18 * len(title) + 8 * bool(title)
-    with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that DejaVu lacks: the browser has a font for it
-        canvas = Canvas(figsize=(look.width / 72, (height + above) / 72), dpi=72)
-        sheet = Sheet(canvas=canvas, look=look, width=look.width, height=height, measured=measured)
-        for row, line in enumerate(title):
-            write(sheet, (10, height + above - 18 * (row + 1)), line, size=look.font + 1, weight="bold")
-        figure.draw(sheet)
-        yield canvas
 
 
 def panel(
@@ -331,7 +307,7 @@ def legend(sheet: Sheet, entries: Sequence[tuple[str, str, str]], *, bottom: flo
     for (marker, colour, words), (x, at) in zip(entries, places, strict=True):
         y = bottom + 9 + 19 * (row - at)
         if marker.startswith("-"):
-            line(sheet, [(x, y), (x + 18, y)], colour, 1.8, dashes=(4, 3) if marker.startswith("--") else None)
+            line(sheet, [(x, y), (x + 18, y)], colour, 1.8, dashes=(4, 3) if marker.startswith("--") else ())
         if marker.strip("-"):
             line(sheet, [(x + 9, y)], colour, 0, marker=marker.strip("-"), size=9 if marker == "s" else 6)
         write(sheet, (x + 24, y), words, va="center")
@@ -340,89 +316,44 @@ def legend(sheet: Sheet, entries: Sequence[tuple[str, str, str]], *, bottom: flo
 
 def write(
     sheet: Sheet,
-    place: tuple[float, float],
+    place: Place,
     text: str,
     *,
     colour: str = "",
     size: float = 0,
-    ha: str = "left",
-    va: str = "baseline",
+    ha: Align = "left",
+    va: Baseline = "baseline",
     weight: str = "normal",
     rotation: int = 0,
 ) -> None:
-    if not sheet.measured and not rotation:
-        from moebench.reports.svg_text import SvgText
-
-        colour, size = colour or sheet.look.ink, size or sheet.look.font
-        made = SvgText(place, text, colour=colour, size=size, ha=ha, va=va, weight=weight)
-        made.set_transform(sheet.points)
-        sheet.canvas.add_artist(made)
-        return
-    sheet.canvas.text(
-        *place,
-        text,
-        transform=sheet.points,
-        color=colour or sheet.look.ink,
-        fontsize=size or sheet.look.font,
-        ha=ha,
-        va=va,
-        fontweight=weight,
-        rotation=rotation,
-    )
+    colour, size = colour or sheet.look.ink, size or sheet.look.font
+    sheet.paper.text(place, text, colour=colour, size=size, align=ha, baseline=va, weight=weight, rotation=rotation)
 
 
 def line(
     sheet: Sheet,
-    places: Sequence[tuple[float, float]],
+    places: Sequence[Place],
     colour: str,
     width: float,
     *,
     marker: str = "",
     size: float = 5.0,
     alpha: float = 1,
-    dashes: tuple[float, float] | None = None,
+    dashes: Sequence[float] = (),
 ) -> None:
-    """Through the places, with a marker at each; of width 0 the markers alone."""
-    from matplotlib.lines import Line2D
-
-    xs, ys = zip(*places, strict=True)
-    sheet.canvas.add_artist(
-        Line2D(
-            xs,
-            ys,
-            transform=sheet.points,
-            color=colour,
-            linewidth=width,
-            linestyle=(0, dashes) if dashes else "solid" if width else "none",
-            marker=marker or "none",
-            markersize=size,
-            markeredgewidth=0,
-            alpha=alpha,
-        )
-    )
+    """Through the places, with a marker at each; of width 0 the markers alone. Dashes and gaps are in widths of the line."""
+    sheet.paper.line(places, colour, width, marker=marker, size=size, alpha=alpha, dashes=dashes)
 
 
-def stroke(sheet: Sheet, segments: Iterable[tuple[tuple[float, float], tuple[float, float]]], colour: str, width: float) -> None:
+def stroke(sheet: Sheet, segments: Iterable[tuple[Place, Place]], colour: str, width: float) -> None:
     """Lines of two points each, as one path."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    points = [point for segment in segments for point in segment]
-    if points:
-        path = Path(points, [Path.MOVETO, Path.LINETO] * (len(points) // 2))
-        sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor="none", edgecolor=colour, linewidth=width))
+    if found := list(segments):
+        sheet.paper.stroke(found, colour, width)
 
 
-def areas(sheet: Sheet, found: Sequence[Sequence[tuple[float, float]]], colour: str, alpha: float, edge: str = "none") -> None:
+def areas(sheet: Sheet, found: Sequence[Sequence[Place]], colour: str, alpha: float, edge: str = "") -> None:
     """Areas of one look, each by its corners, as one path."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    points = [point for corners in found for point in (*corners, corners[0])]
-    codes = [code for corners in found for code in (Path.MOVETO, *[Path.LINETO] * (len(corners) - 1), Path.CLOSEPOLY)]
-    width = 0 if edge == "none" else 1
-    path = Path(points, codes)
-    sheet.canvas.add_artist(PathPatch(path, transform=sheet.points, facecolor=colour, edgecolor=edge, alpha=alpha, linewidth=width))
+    sheet.paper.areas(found, colour, alpha, edge)
 
 
 def width_of(text: str, size: float) -> float:

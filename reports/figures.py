@@ -35,7 +35,7 @@ from moebench.reports.layers import Layers, layers
 from moebench.reports.ranks import Imbalance, balancedness, imbalances
 from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
 
-MOST_MAP_ROWS = 12  # layers; a cell has a text, which takes 1 ms to draw
+MOST_MAP_ROWS = 12  # layers; a cell has a text, and more rows than these nobody reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,8 @@ def numerics(records: Iterable[Record]) -> list[Figure]:
     if not shares:
         return []
     whole = [value for pair in shares.values() for part in pair for value in part]
-    drawn = [value for value in whole if 0 < value < math.inf]
+    marks = {backend: (_unlike(pair[0]), _unlike(pair[1])) for backend, pair in shares.items()}
+    drawn = [value for pair in marks.values() for part in pair for value in part]
 
     def draw(sheet: Sheet) -> None:
         look = sheet.look
@@ -180,11 +181,9 @@ def numerics(records: Iterable[Record]) -> list[Figure]:
         words = "error / its tolerance; right of the line at 1 a row is wrong"
         made = panel(sheet, across, _reversed(names), title="", xlabel=words, box=(0, sheet.width, top, sheet.height))
         line(sheet, [made.at(1.0, made.y.low), made.at(1.0, made.y.high)], look.ink, 1.4)
-        for row, (backend, pair) in enumerate(shares.items()):
+        for row, (backend, pair) in enumerate(marks.items()):
             for offset, marker, colour, values in ((-0.14, "o", look.colour(0), pair[0]), (0.14, "D", look.colour(1), pair[1])):
-                alike = {f"{value:.1e}": value for value in values if 0 < value < math.inf}  # marks that lie on each other, once
-                places = [made.at(value, row + offset) for value in alike.values()]
-                if places:
+                if places := [made.at(value, row + offset) for value in values]:
                     line(sheet, places, colour, 0, marker=marker, size=5.5, alpha=0.55)
             if not look.wide:
                 write(sheet, (made.left, made.at(1.0, row - 0.45)[1]), backend, va="top")
@@ -513,6 +512,11 @@ def _map(
         areas(sheet, corners, face, alpha, look.surface)
     for place, text, ink in written:
         write(sheet, place, text, colour=ink, size=look.font - (1.5 if look.wide else 2), ha="center", va="center")
+
+
+def _unlike(values: Sequence[float]) -> list[float]:
+    """What a logarithmic axis can show, and marks that would lie on each other once. Many rows have exactly the same error."""
+    return list({f"{value:.1e}": value for value in dict.fromkeys(values) if 0 < value < math.inf}.values())
 
 
 def _map_height(rows: Sequence[str], columns: Sequence[str], look: Look, legend: int) -> float:

@@ -1,5 +1,6 @@
 """What figures are made of which records, what they say, and what their SVG may hold."""
 
+import io
 import re
 import subprocess
 import sys
@@ -8,10 +9,14 @@ from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib as mpl
 import pytest
+from matplotlib.markers import MarkerStyle
 
 from moebench.reports import drawing, figures, render
-from moebench.reports.drawing import DARK, LIGHT, NARROW, WIDE
+from moebench.reports.canvas import drawn_on_canvas
+from moebench.reports.drawing import DARK, LIGHT, MARKERS, NARROW, WIDE
+from moebench.reports.svg import CORNERS
 from tests.full_records import full, hostile_run, whole_run
 from tests.made_runs import ERROR, timed
 
@@ -188,13 +193,74 @@ def test_hostile_names_are_text_in_a_figure():
     assert "bad</script><scri…m$x$&amp;{{7*7}}" in texts(latency), "as text, its middle left out"
 
 
-def test_matplotlib_is_imported_only_to_draw():
+def drawn_by_matplotlib(figure):
+    """Its own SVG of the figure, which is drawn for a picture file otherwise."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}), drawn_on_canvas(figure, LIGHT) as canvas:
+        canvas.savefig(text, format="svg", transparent=True)
+    return ElementTree.fromstring(re.sub(r' xmlns(:xlink)?="[^"]*"|(?<= )xlink:', "", text.getvalue()))
+
+
+def places(root, of):
+    """Where lines and areas go, a number a coordinate, and where markers are; each list in its order of drawing."""
+    shapes = {id(node) for defs in root.iter("defs") for node in defs}
+    paths = [node.get("d") for node in root.iter("path") if id(node) not in shapes]
+    found = [[float(number) for number in re.findall(r"-?[\d.]+", path)] for path in paths]
+    return found[1:] if of == "matplotlib" else found, [(float(node.get("x")), float(node.get("y"))) for node in root.iter("use")]
+
+
+@pytest.mark.parametrize("figure", WHOLE.figures, ids=named(WHOLE))
+def test_the_page_has_the_figure_that_matplotlib_draws(figure):
+    """Its first path is the ground, which the page has already; it writes the closing point of an area, and we a z."""
+    ours, our_marks = places(svg(figure), of="us")
+    theirs, their_marks = places(drawn_by_matplotlib(figure), of="matplotlib")
+    assert len(ours) == len(theirs) > 1
+    for our_path, their_path in zip(ours, theirs, strict=True):
+        corners = their_path if len(their_path) == len(our_path) else without_closing_points(their_path)
+        assert our_path == pytest.approx(corners, abs=0.06)
+    assert our_marks == [pytest.approx(mark, abs=0.06) for mark in their_marks]
+
+
+def without_closing_points(path):
+    """Of areas one after the other: each ends where it starts."""
+    points, kept = list(zip(path[::2], path[1::2], strict=True)), []
+    while points:
+        end = points.index(points[0], 1)
+        kept += points[:end]
+        points = points[end + 1 :]
+    return [number for point in kept for number in point]
+
+
+@pytest.mark.parametrize("marker", MARKERS.replace("o", ""))
+def test_a_marker_has_the_corners_that_matplotlib_gives_it(marker):
+    style = MarkerStyle(marker)
+    theirs = style.get_path().transformed(style.get_transform()).vertices[: len(CORNERS[marker])]
+    assert rounded(CORNERS[marker]) == rounded((x, -y) for x, y in theirs)
+
+
+def rounded(points):
+    return {(round(x, 6) + 0.0, round(y, 6) + 0.0) for x, y in points}
+
+
+def test_every_marker_has_a_shape():
+    assert set(CORNERS) | {"o"} == set(MARKERS)
+
+
+def test_the_texts_of_a_map_lie_on_its_cells():
+    order = [node.tag for node in svg(figure_of(WHOLE, "winners-1"))]
+    assert order.index("text") > max(at for at, name in enumerate(order) if name == "path")
+
+
+def test_a_page_and_its_figures_do_without_matplotlib():
     code = (
-        "import sys, moebench.cli, moebench.commands.report, moebench.reports.page, moebench.reports.figures, moebench.reports.render\n"
-        "print(sorted({'matplotlib', 'pandas', 'torch'} & set(sys.modules)))"
+        "import sys, moebench.cli, moebench.commands.report\n"
+        "from moebench.reports import figures, render\n"
+        "from tests.full_records import whole_run\n"
+        "drawn = [render.inline(figure) for figure in figures.album(whole_run()).figures]\n"
+        "print(len(drawn), sorted({'matplotlib', 'numpy', 'pandas', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert (done.stdout.strip(), done.stderr) == ("13 []", "")
 
 
 def test_png_files_are_light_and_dark(tmp_path):
