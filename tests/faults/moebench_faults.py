@@ -38,7 +38,7 @@ def right(layer, tokens):
     """Computed once for each input, down to its last bit: what goes wrong around it is tested, and timing it took a second a case."""
     from moebench.reference.torch_experts import experts
 
-    if tokens.hidden_states.device.type != "cpu" or not len(tokens.topk_ids):  # no bytes can be viewed of no tokens
+    if tokens.hidden_states.device.type != "cpu" or not len(tokens.topk_ids):  # ids of none have no stride to view
         return experts(layer, tokens, "bf16").bfloat16()
     import torch
 
