@@ -20,7 +20,7 @@ from moebench.journal import load_run, problems
 from tests.orphans import left_over
 from tests.running import ENVIRONMENT
 
-AXES = ("--model", "tiny", "--tokens", "1:16:1", "--backend", "fault_ok", "--repeat-check", "5", "--out", "run")
+AXES = ("--model", "tiny", "--tokens", "1:16:1", "--backend", "torch", "--repeat-check", "5", "--out", "run")
 POINTS = 16
 
 
