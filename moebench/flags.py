@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-from moebench.record import Record, Timing
+from moebench.record import Record, Telemetry, Timing
 
 # Measured on an H200 with nothing else on it: medians of fresh processes vary by 0.1 to 0.4 % at most points and 1.35 % at the worst,
 # samples within a process by 0.3 to 1.8 %. What moves by more than 2 % was moved by something.
@@ -96,14 +96,18 @@ def at_power_limit(record: Record) -> bool:
     return not any(share for name, share in seen.reasons.items() if name not in ("sw_power_cap", "gpu_idle", "user_clocks"))
 
 
+def clocks_are_set(seen: Telemetry) -> bool:
+    """By the machine's owner, who fixed them."""
+    return seen.reasons.get("user_clocks", 0.0) > 0.5
+
+
 def _throttled(record: Record) -> str:
     seen = record.telemetry
     if seen is None or record.timing is None:
         return ""
     slow_mhz, _, most_mhz = seen.sm_mhz
     # Clocks that the machine's owner has set are not throttled: the row is held to the best of its own.
-    set_by_user = seen.reasons.get("user_clocks", 0.0) > 0.5
-    may_reach_mhz = most_mhz if set_by_user else max(seen.max_sm_mhz, most_mhz)
+    may_reach_mhz = most_mhz if clocks_are_set(seen) else max(seen.max_sm_mhz, most_mhz)
     idle = seen.reasons.get("gpu_idle", 0.0) == 1.0  # the row was too short to be seen running
     slow = not idle and slow_mhz < SLOW_CLOCK * may_reach_mhz  # the first of sm_mhz has a tenth of the samples below it
     active = [name for name in SLOWDOWNS if seen.reasons.get(name)]

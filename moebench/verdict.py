@@ -13,7 +13,7 @@ import numpy as np
 
 from moebench.case import Case
 from moebench.compare import Side, sides
-from moebench.flags import FLAGS, at_power_limit, doubts
+from moebench.flags import FLAGS, at_power_limit, clocks_are_set, doubts
 from moebench.gate import Effects, Findings, Floats, Outcome, Rule, find, floors, of_rounds, rounds_needed
 from moebench.journal import Run, merge
 from moebench.record import Canary, Record, Scope, Status
@@ -317,7 +317,8 @@ def _verdict(
     case, backend, scope = pair.key
     usable, rule = len(pair.usable), options.rule
     clock = _clock(pair)
-    reason = unfit or _too_little(pair, rule) or (clock if abs(_clock_shift(pair)) > OTHER_CLOCK else "")
+    other_state = abs(_clock_shift(pair)) > OTHER_CLOCK or _set_on_one_side(pair)
+    reason = unfit or _too_little(pair, rule) or (clock if other_state else "")
     decided = bool(found.decided[number]) and not reason
     outcome: Outcome = "unclear"
     if decided and found.slower[number]:
@@ -542,6 +543,13 @@ def _clock_shift(pair: _Pair) -> float:
     if not base or not candidate or _apart(base, candidate) <= CLOCK_DRIFT:
         return 0.0
     return log(candidate / base)
+
+
+def _set_on_one_side(pair: _Pair) -> bool:
+    """Whether somebody fixed the clocks of one side only, in most of its rounds."""
+    sides = ([seen for number in pair.usable if (seen := side[number].telemetry)] for side in (pair.base, pair.candidate))
+    base, candidate = (2 * sum(map(clocks_are_set, seen)) > len(seen) for seen in sides)
+    return base != candidate
 
 
 def _clock(pair: _Pair) -> str:

@@ -41,7 +41,7 @@ Draw = Callable[[Figure], Html]
 Show = Callable[[Figure], Html | None]  # None for a figure that is one too many
 
 MANY = 4  # layers, beyond which each shows its first figure only until it is asked for the others
-MOST_FIGURES = 12  # two layers have 10; a figure is 25 KB for both widths
+MOST_FIGURES = 12  # two layers have 10; a figure of the example is 19 KB for both widths
 MOST_SENTENCES = 8  # of the answer, before the rest is folded
 MOST_LINES = 200  # of a table that lists rows or reasons one by one
 

@@ -253,6 +253,20 @@ def test_a_small_difference_of_clocks_leaves_what_it_cannot_explain(us, mhz, out
         assert unclear.reason.endswith(f"the SM clock was 1980 MHz for the base and {mhz:.0f} MHz for the candidate")
 
 
+def test_clocks_that_are_fixed_on_one_side_only_are_another_state():
+    def fixed(row):
+        seen = replace(row.telemetry, sm_mhz=(1905.0, 1905.0, 1905.0), reasons={"user_clocks": 1.0})
+        return replace(row, telemetry=seen) if row.case == rounds.cases(6)[1] else row
+
+    def slow(cell, _):
+        return 110.0 if cell == 1 else 100.0
+
+    (unclear,) = only(judge(BASE, run("fixed", slow, change=fixed)), "unclear")
+    assert unclear.reason == "the SM clock was 1980 MHz for the base and 1905 MHz for the candidate"
+    both = judge(run("fixed base", change=fixed), run("both fixed", slow, change=fixed))
+    assert outcomes(both)[rounds.cases(6)[1]] == "slower"
+
+
 def test_rows_at_the_power_limit_are_judged_by_how_they_spread_over_rounds():
     def capped(mhz, **reasons):
         def change(row):
