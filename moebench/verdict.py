@@ -192,6 +192,42 @@ class _Pair:
         """Rounds with neither side in doubt."""
         return [number for number in self.rounds if not self._doubts(self.base[number]) and not self._doubts(self.candidate[number])]
 
+    @cached_property
+    def clocks(self) -> tuple[float, float]:
+        """Medians of the rounds that count, in MHz; 0 where nothing is known, or where the power limit sets the clock: then what a call
+        draws does, and the clock is a part of what it takes."""
+        sides = ([side[number] for number in self.usable] for side in (self.base, self.candidate))
+        found = []
+        for rows in sides:
+            if 2 * sum(bool(row.flags) and at_power_limit(row) for row in rows) >= len(rows) > 0:
+                return 0.0, 0.0
+            found.append(_median(row.telemetry.sm_mhz[1] for row in rows if row.telemetry))
+        return found[0], found[1]
+
+    @cached_property
+    def clock_shift(self) -> float:
+        """By how much the candidate's log ratio could be larger had it not had the faster clock; negative: the base had it."""
+        base, candidate = self.clocks
+        if not base or not candidate or _apart(base, candidate) <= CLOCK_DRIFT:
+            return 0.0
+        return log(candidate / base)
+
+    @property
+    def clock(self) -> str:
+        """The clocks as a sentence, where they differ."""
+        if not self.clock_shift:
+            return ""
+        return f"the SM clock was {self.clocks[0]:.0f} MHz for the base and {self.clocks[1]:.0f} MHz for the candidate"
+
+    @property
+    def is_of_another_clock_state(self) -> bool:
+        """Whether the clocks are too far apart to be made up for, or differ and somebody fixed those of one side only."""
+        if not self.clock_shift:
+            return False
+        sides = ([seen for number in self.usable if (seen := side[number].telemetry)] for side in (self.base, self.candidate))
+        fixed = [2 * sum(map(clocks_are_set, seen)) > len(seen) for seen in sides]
+        return abs(self.clock_shift) > OTHER_CLOCK or fixed[0] != fixed[1]
+
     @property
     def flags(self) -> tuple[str, ...]:
         found = set().union(*(self._doubts(side[number]) for number in self.rounds for side in (self.base, self.candidate)))
@@ -255,7 +291,7 @@ def _timed(pairs: Sequence[_Pair], options: Options, stored: Stored | None, unfi
     effects = of_rounds(differences)
     if stored is not None and stored.calibrated:
         effects = _against_jobs(pairs, stored)
-    found = _whatever_the_clock(effects, np.array([_clock_shift(pair) for pair in pairs]), floor, rule)
+    found = _whatever_the_clock(effects, np.array([pair.clock_shift for pair in pairs]), floor, rule)
     family = int(found.decided.sum())
     return [_verdict(pair, number, effects, found, float(floor[number]), family, options, unfit) for number, pair in enumerate(pairs)]
 
@@ -316,9 +352,7 @@ def _verdict(
 ) -> Verdict:
     case, backend, scope = pair.key
     usable, rule = len(pair.usable), options.rule
-    clock = _clock(pair)
-    other_state = abs(_clock_shift(pair)) > OTHER_CLOCK or _set_on_one_side(pair)
-    reason = unfit or _too_little(pair, rule) or (clock if other_state else "")
+    reason = unfit or _too_little(pair, rule) or (pair.clock if pair.is_of_another_clock_state else "")
     decided = bool(found.decided[number]) and not reason
     outcome: Outcome = "unclear"
     if decided and found.slower[number]:
@@ -338,7 +372,7 @@ def _verdict(
         reason = "too few of its times are numbers" if known else f"the baseline has fewer than {LEAST_JOBS} jobs of it"
     if outcome == "unclear" and decided:
         reason = "not slower; how much faster cannot be said" if clears else _between(found, number, rule)
-        reason += f"; {clock}" if clock else ""
+        reason += f"; {pair.clock}" if pair.clock else ""
     known = bool(np.isfinite(effects.estimate[number]))
     bounded = known and bool(np.isfinite(found.low[number]))
     return Verdict(
@@ -521,41 +555,6 @@ def _too_little(pair: _Pair, rule: Rule) -> str:
         return f"{rounds} of the {rule.least_rounds} rounds that both need: moebench sweep --rounds 12"
     if usable < max(rule.least_rounds, LEFT * rounds):
         return f"{rounds - usable} of {rounds} rounds are in doubt: {', '.join(pair.flags)}"
-    return ""
-
-
-def _clocks(pair: _Pair) -> tuple[float, float]:
-    """Medians of the rounds that count, in MHz; 0 where nothing is known, or where the power limit sets the clock: then what a call
-    draws does, and the clock is a part of what it takes."""
-    sides = ([side[number] for number in pair.usable] for side in (pair.base, pair.candidate))
-    if any(2 * sum(map(at_power_limit, rows)) >= len(rows) > 0 for rows in sides):
-        return 0.0, 0.0
-    base, candidate = (
-        _median(row.telemetry.sm_mhz[1] for number in pair.usable if (row := side[number]).telemetry)
-        for side in (pair.base, pair.candidate)
-    )
-    return base, candidate
-
-
-def _clock_shift(pair: _Pair) -> float:
-    """By how much the candidate's log ratio could be larger had it not had the faster clock; negative: the base had it."""
-    base, candidate = _clocks(pair)
-    if not base or not candidate or _apart(base, candidate) <= CLOCK_DRIFT:
-        return 0.0
-    return log(candidate / base)
-
-
-def _set_on_one_side(pair: _Pair) -> bool:
-    """Whether somebody fixed the clocks of one side only, in most of its rounds."""
-    sides = ([seen for number in pair.usable if (seen := side[number].telemetry)] for side in (pair.base, pair.candidate))
-    base, candidate = (2 * sum(map(clocks_are_set, seen)) > len(seen) for seen in sides)
-    return base != candidate
-
-
-def _clock(pair: _Pair) -> str:
-    base, candidate = _clocks(pair)
-    if base and candidate and _apart(base, candidate) > CLOCK_DRIFT:
-        return f"the SM clock was {base:.0f} MHz for the base and {candidate:.0f} MHz for the candidate"
     return ""
 
 
