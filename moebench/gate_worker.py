@@ -133,15 +133,15 @@ class Bench:
         found: list[Sample] = []
         for ready in self._ready:
             if not turn.appended:
-                found.append(Sample(record=self._measured(ready, turn, ready.calls), appended=None))
+                found.append(Sample(record=self._measured(ready, turn, ready.calls)))
                 continue
             rate = cycles_per_us()
             own_us = 0.0
-            for share in turn.appended:
+            for place, share in enumerate(turn.appended):
                 cycles = round(share * own_us * rate)
                 record = self._measured(ready, turn, [followed_by_spin(call, cycles) for call in ready.calls])
                 own_us = own_us or record.median_us or 0.0
-                found.append(Sample(record=record, appended=share, length=cycles / rate / own_us))
+                found.append(Sample(record=record, place=place, length=cycles / rate / own_us))
         canary = Canary(before_us=before.copy_us, after_us=copy_us(), matmul_us=before.matmul_us)
         yield from (replace(sample, record=replace(sample.record, canary=canary)) for sample in found)
 

@@ -59,7 +59,7 @@ def test_each_side_of_each_round_is_a_process_of_its_own_and_sides_swap_their_pl
         assert sorted((turn.round, turn.side) for turn in turns) == [(n, side) for n in range(6) for side in ("base", "cand")]
         pairs = [[turn.side for turn in group] for _, group in groupby(turns, lambda turn: turn.round)]
         assert all(pairs[n] == pairs[n + 1][::-1] for n in range(0, 6, 2))
-        assert {turn.appended for turn in turns} == ({(0.0,), (0.0, *SLOWDOWNS)} if slowed else {()})
+        assert {turn.appended for turn in turns} == ({(0.0,) * (1 + len(SLOWDOWNS)), (0.0, *SLOWDOWNS)} if slowed else {()})
     assert len({tuple(turn.side for turn in turns) for _, turns in batches}) > 1
     assert list(Plan(seed=1).batches()) == list(Plan(seed=1).batches())
 
@@ -163,14 +163,31 @@ def test_the_simulator_is_held_to_what_docs_promise_of_it():
     assert [check.ok for check in judge_simulator(worse)] == [False, False, False]
 
 
+def _slower(sample, by):
+    timing = sample.record.timing
+    times = tuple(us * by for us in timing.samples_us)
+    return replace(sample, record=replace(sample.record, timing=replace(timing, samples_us=times)))
+
+
 def test_rounds_of_a_group_are_used_once_for_each_slowdown():
-    turns = [Turn(side=side, round=n, appended=(0.0,) if side == "base" else (0.0, 0.1)) for n in range(6) for side in ("base", "cand")]
+    _, turns = next(Plan(rounds=6, slowdowns=(0.1,)).batches())
     samples = [(turn, simulated_samples(turn, seed=number)) for number, turn in enumerate(turns)]
     (gate,) = judged(Plan(slowdowns=(0.1,)), True, samples, SIMULATED)
     assert (gate.slowdown, gate.answer) == (0.1, "fail")
     assert all(one.slowdown == 0.1 and one.outcome == "slower" for one in gate.cells)
     (none,) = judged(Plan(slowdowns=(0.1,)), True, samples[:8], SIMULATED)
     assert none.answer == "none"
+
+
+def test_a_slower_call_is_compared_with_what_the_base_measured_at_the_same_place():
+    _, turns = next(Plan(slowdowns=(0.02, 0.05)).batches())
+    samples = [(turn, simulated_samples(turn, seed=number)) for number, turn in enumerate(turns)]
+    usual = list(judged(Plan(slowdowns=(0.02, 0.05)), True, samples, SIMULATED))
+    first_is_slow = [(turn, [_slower(one, 1.05) if one.place == 0 else one for one in seen]) for turn, seen in samples]
+    assert list(judged(Plan(slowdowns=(0.02, 0.05)), True, first_is_slow, SIMULATED)) == usual
+    second_is_slow = [(turn, [_slower(one, 1.05) if one.place == 1 else one for one in seen]) for turn, seen in samples]
+    for before, after in zip(usual, judged(Plan(slowdowns=(0.02, 0.05)), True, second_is_slow, SIMULATED), strict=True):
+        assert [cell.ratio for cell in after.cells] == pytest.approx([cell.ratio for cell in before.cells])
 
 
 def test_processes_take_their_turns_and_none_is_left():
@@ -235,10 +252,10 @@ def test_a_process_appends_a_share_of_each_cells_own_median(clock):
     bench = Bench("torch", CASES, CPU)
     bench.prepare(check=True)
     plain = list(bench.measure(Turn(side="base", round=3)))
-    assert [(s.record.case, s.appended, s.record.round, s.record.run_id) for s in plain] == [(c, None, 3, "base") for c in CASES]
+    assert [(s.record.case, s.place, s.record.round, s.record.run_id) for s in plain] == [(c, 0, 3, "base") for c in CASES]
     assert all(s.record.median_us == pytest.approx(100.0) and s.record.canary.after_us == 120.0 for s in plain)
     slowed = list(bench.measure(Turn(side="cand", round=0, appended=(0.0, 0.02, 0.1))))
-    assert [s.appended for s in slowed] == [0.0, 0.02, 0.1] * 2
+    assert [s.place for s in slowed] == [0, 1, 2] * 2
     assert [s.record.median_us for s in slowed[:3]] == pytest.approx([100.0, 102.0, 110.0], rel=1e-4)
     assert [s.length for s in slowed[:3]] == pytest.approx([0.0, 0.02, 0.1], rel=1e-3)
     assert len({s.record.contract_id for s in (*plain, *slowed)}) == 1
