@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 
 import pytest
 import torch
@@ -316,6 +316,20 @@ def test_json_has_what_each_cell_was_promised_and_whether_that_was_kept(monkeypa
     assert [gate["slowdown"] for gate in told["gates"]] == [0.02, 0.03, 0.05, 0.1, 0.0]
     assert {one["kept"] for gate in told["gates"] for one in gate["cells"]} == {True}
     assert {one["promise"] for gate in told["gates"] for one in gate["cells"]} == {"", "slower", "green"}
+
+
+def test_gates_that_were_finished_before_an_interrupt_are_shown(monkeypatch):
+    def until_interrupted(plan, backend, tell):
+        yield from islice(on_simulated_clock(plan), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "on_this_gpu", until_interrupted)
+    done = CliRunner().invoke(selfcheck, ["--gate", "--json"])
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["exit_code"]) == (130, 130)
+    assert [gate["slowdown"] for gate in told["gates"]] == [*SLOWDOWNS, 0.0]
+    assert "not ok  gates: not measured to the end: interrupted with 5 of 14 done" in done.stderr
+    assert "A spin kernel after each call of the candidate" in done.stderr
 
 
 @pytest.mark.parametrize(

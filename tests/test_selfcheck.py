@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import moebench.selfcheck
+from moebench.commands import selfcheck as commanded
 from moebench.device import Device
 from moebench.selfcheck import (
     DEFAULT,
@@ -79,6 +81,19 @@ def test_json_has_rows_what_follows_from_them_and_the_exit_code():
     default = [row for row in told["parts"]["bias"]["rows"] if row["method"] == DEFAULT]
     assert [row["length_us"] for row in default] == list(LENGTHS_US)
     assert all(row["excess_us"] == pytest.approx(1.0, abs=0.1) for row in default)  # the launch that the scenario has
+
+
+def test_parts_that_were_finished_before_an_interrupt_are_in_the_document(monkeypatch):
+    def until_interrupted(rounds, backend, simulated, console):
+        yield "a GPU"
+        yield Part(name="bias", failure="it stood still")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commanded, "_news", until_interrupted)
+    done = CliRunner().invoke(commanded.selfcheck, ["--json"])
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["exit_code"], told["device"]) == (130, 130, "a GPU")
+    assert told["parts"]["bias"]["failure"] == "it stood still"
 
 
 def test_no_rounds_leave_the_noise_out():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
@@ -38,28 +38,32 @@ def check_the_gate(plan: Plan, backend: str, simulated: bool, as_json: bool) -> 
     console = Console(stderr=as_json, highlight=False)
     table: list[Simulated] = []
     gates: list[Gate] = []
-    failure = ""
+    cut_short: Finding | None = None
+    interrupted = False
     try:
-        for gate in _gates(plan, backend, simulated, console):
-            gates.append(gate)
-    except NoGpuError:
-        console.print("no GPU here")
-        simulated = True
-    except CheckError as error:
-        failure = str(error)
+        try:
+            if not simulated:
+                for gate in on_this_gpu(plan, backend, lambda what: console.print(f"{what} ...", markup=False)):
+                    gates.append(gate)
+        except NoGpuError:
+            console.print("no GPU here")
+            simulated = True
+        except CheckError as error:
+            cut_short = _not_to_the_end(str(error), "Ask `moebench doctor` what is wrong.")
+        if simulated:
+            console.print("checking on simulated machines and the simulated clock ...")
+            table = list(simulator())
+            gates.extend(on_simulated_clock(plan))
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
-        sys.exit(INTERRUPTED)
-    if simulated:
-        console.print("checking on simulated machines and the simulated clock ...")
-        table, gates = list(simulator()), list(on_simulated_clock(plan))
+        interrupted = True
+        console.print()
+        cut_short = _not_to_the_end(
+            f"interrupted with {len(gates)} of {len(plan.slowdowns) + plan.gates} done", "Run it again, to its end."
+        )
     name = SIMULATED if simulated else "this machine"
     findings = [*(judge_simulator(table) if table else []), *(judge_gates(gates, plan.rounds) if gates else [])]
-    if failure:
-        findings.append(
-            Finding(name="gates", ok=False, text=f"not measured to the end: {failure}", do="Ask `moebench doctor` what is wrong.")
-        )
-    code = OK if all(found.ok for found in findings) else POINTS_FAILED
+    findings += [cut_short] if cut_short else []
+    code = INTERRUPTED if interrupted else OK if all(found.ok for found in findings) else POINTS_FAILED
     if table:
         console.print(_simulator_table(table))
         console.print()
@@ -83,9 +87,8 @@ def check_the_gate(plan: Plan, backend: str, simulated: bool, as_json: bool) -> 
     sys.exit(code)
 
 
-def _gates(plan: Plan, backend: str, simulated: bool, console: Console) -> Iterator[Gate]:
-    if not simulated:
-        yield from on_this_gpu(plan, backend, lambda what: console.print(f"{what} ...", markup=False))
+def _not_to_the_end(why: str, do: str) -> Finding:
+    return Finding(name="gates", ok=False, text=f"not measured to the end: {why}", do=do)
 
 
 def _simulator_table(rows: Sequence[Simulated]) -> Table:

@@ -76,6 +76,7 @@ def selfcheck(rounds: int | None, backend: str | None, gate: bool, gates: int | 
     console = Console(stderr=as_json, highlight=False)
     name = "this machine"
     parts: list[Part] = []
+    interrupted = False
     try:
         for news in _news(rounds, backend, simulated, console):
             if isinstance(news, Part):
@@ -85,14 +86,14 @@ def selfcheck(rounds: int | None, backend: str | None, gate: bool, gates: int | 
             else:
                 name = news
     except KeyboardInterrupt:
+        interrupted = True
         console.print("\ninterrupted")
-        sys.exit(INTERRUPTED)
     checks = [check for part in parts for check in judge(part)]
-    code = OK if all(check.ok for check in checks) else POINTS_FAILED
+    code = INTERRUPTED if interrupted else OK if all(check.ok for check in checks) else POINTS_FAILED
     if as_json:
         told = {part.name: {"failure": part.failure, "rows": [_document(row) for row in part.rows]} for part in parts}
         click.echo(json.dumps({"device": name, "parts": told, "checks": [asdict(check) for check in checks], "exit_code": code}))
-    else:
+    elif not interrupted:
         console.print(_verdict(name, checks))
     sys.exit(code)
 
