@@ -569,7 +569,8 @@ def test_a_second_prepare_finds_its_tactics_on_disk_and_measures_only_larger_buc
 
 def test_the_file_of_tactics_serves_another_machine_of_the_same_kind(library, monkeypatch, tmp_path):
     layer, backend = make_layer(TINY, "cpu"), CutlassMxfp4Bf16()
-    file = Path(backend.prepare(layer, 16).facts["tuning_file"])
+    file = tuning.cache_dir() / backend.prepare(layer, 16).facts["tuning_file"]
+    assert file.exists()
     assert file.parent == tmp_path / "cache" / "moebench" / "flashinfer"
     there = tmp_path / "there" / "moebench" / "flashinfer"
     there.mkdir(parents=True)
@@ -594,7 +595,7 @@ def test_the_file_of_tactics_serves_another_machine_of_the_same_kind(library, mo
 def test_a_file_that_is_not_ours_is_measured_anew_and_replaced(library, spoil):
     layer, backend = make_layer(TINY, "cpu"), CutlassMxfp4Bf16()
     first = backend.prepare(layer, 4)
-    file = Path(first.facts["tuning_file"])
+    file = tuning.cache_dir() / first.facts["tuning_file"]
     good = json.loads(file.read_text())["tactics"]
     file.write_text(spoil(file.read_text()))
     assert backend.prepare(layer, 4).facts["tuning_cache"] == "miss"

@@ -193,7 +193,7 @@ def tuned(call: FusedMoe) -> FusedMoe:
         tuning_s=found.seconds,
         tuning_cold_s=found.cold_seconds,
         tuning_cache=found.cache,
-        tuning_file=str(found.path),
+        tuning_file=found.path.name,  # its folder is this user's; a run is for others too
         tactics=str(found.tactics),
     )
 
