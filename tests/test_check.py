@@ -255,8 +255,8 @@ def test_the_same_jitter_undeclared_is_nondeterministic(at):
 def test_a_finite_result_that_depends_on_memory_which_nobody_wrote_is_found():
     def call(layer, tokens):
         out = right(layer, tokens)
-        scratch = torch.empty(1)
-        out[4, 77] *= 1 + 2**-7 * float(scratch > 2.0**99)  # hardly ever what memory holds, but for the poison
+        scratch = torch.empty(64)  # one number beyond 2**99 is in such memory at times, but not 64
+        out[4, 77] *= 1 + 2**-7 * float((scratch > 2.0**99).all())
         return out
 
     found = judged(call)
