@@ -177,7 +177,7 @@ def ratio(base: Rounds, candidate: Rounds) -> Ratio:
 def usable(record: Record) -> bool:
     """Whether its time says how fast the kernel is."""
     timing = record.timing
-    return record.status == "ok" and timing is not None and timing.comparable and min(timing.samples_us) > 0
+    return record.status == "ok" and timing is not None and timing.comparable and timing.least_us > 0
 
 
 def environment(base: Run, candidate: Run) -> list[Difference]:
