@@ -54,7 +54,9 @@ def made(root: Path) -> dict[Path, str]:
     if not latencies or not tables:
         raise Unfit(f"{root / EXAMPLE} has no plot of time against tokens, or nothing that can win: no example")
     first, device, manifest = latencies[0], run.manifest.device, run.manifest
-    versions = {**device.versions, **manifest.versions}
+    facts_of_rows = {name: str(record.facts[name]) for record in records for name in VERSIONS if name in record.facts}
+    told_by_rows = {name: text for name, text in facts_of_rows.items() if text[:1].isdigit()}  # others say whose copy it is
+    versions = {**told_by_rows, **device.versions, **manifest.versions}  # a tree that was copied has no metadata, its backend knows
     known = [f"{name} {versions[name]}" for name in (*VERSIONS, *sorted(set(versions) - set(VERSIONS))) if versions.get(name)]
     facts = [manifest.started[:10], *([f"driver {device.driver}"] if device.driver else []), *known]
     told = [

@@ -43,7 +43,7 @@ CHANCE = 0.01  # with which a promise that holds 9 times in 10 is broken as ofte
 DEADLINES_S: Mapping[str, float] = {"start": 120.0, "import": 180.0, "prepare": 300.0, "turn": 60.0, "teardown": 20.0}
 ROUNDS = Rule().least_rounds + 2  # of 20 gates with 6 rounds 4 had no verdict on an H200, since one round of a cell was in doubt
 # Shorter than a point's, since a gate of three cells takes 48 of them. 0.05 s would know a median of an H200 to 0.1 to 0.3 %, but
-# a call that runs into the power limit changes its clock within tens of milliseconds.
+# a call that runs into the power limit lowers its clock within 0.1 s.
 RULE = StopRule(min_samples=30, max_samples=1000, min_s=0.12, max_s=0.5, warmup_s=0.06, max_warmup_s=0.5, batch_s=0.02)
 
 SIMULATED = Device(arch="sm90", name="simulated GPU", torch=None, memory_bytes=0)
@@ -151,7 +151,7 @@ class Plan:
     def batches(self) -> Iterator[tuple[bool, tuple[Turn, ...]]]:
         """(whether something is appended, turns in their order) of each group of processes. One group serves all slowdowns: its
         candidates measure each cell with one after the other, and its bases as often with an empty spin kernel, since what a process
-        measures first differs from what it measures later: by 0.8 % at 1 token of an H200."""
+        measures first may differ from what it measures later: calls of 1 token on an H200 seemed slowed by 0.7 to 1.0 % too little."""
         order = Random(self.seed)
         if self.slowdowns:
             nothing = (0.0,) * (1 + len(self.slowdowns))

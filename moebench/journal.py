@@ -79,7 +79,7 @@ def load_run(path: Path) -> Run:
                 where = f"{path / JOURNAL}, line {number} (byte {offset})"
                 raise RecordError(f"{where}: {error}; moebench fsck {path} lists all that is wrong") from None
             if record.timing is not None:
-                record.timing.median_us  # noqa: B018  kept; later the samples would have to come from memory again, 10 % of a report
+                record.timing.median_us  # noqa: B018  kept; later its samples come from memory once more, a tenth of a gate
             records.append(record)
             offset += len(line)
     return Run(path=path, manifest=manifest, records=tuple(records), torn=torn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench import serving_flags
-from moebench.crossover import Crossover, Excluded, OneForAll, Stretch
-from moebench.reports.text import clean, count, escape
+from moebench.crossover import Crossover, Excluded, Measured, OneForAll, Stretch
+from moebench.reports.text import clean, count, escape, listed
 from moebench.serving_flags import Server, Setting
 
 SCHEMA = "1.0"  # moebench/policy.schema.json
@@ -34,7 +35,7 @@ def markdown(crossovers: Sequence[Crossover]) -> str:
             [
                 _tokens(stretch),
                 escape(stretch.backend) + (f" ({stretch.act_dtype})" if found.act_dtype is None else ""),
-                escape(", ".join(stretch.ties)),
+                escape(", ".join(_ties(found, stretch))),
                 *(escape(str(cell)) for cell in _costs(stretch)),
             ]
             for stretch in found.stretches
@@ -85,8 +86,8 @@ def _section(found: Crossover) -> Iterator[RenderableType]:
         use = Text(clean(stretch.backend), style="green")
         if found.act_dtype is None:
             use.append(f" {stretch.act_dtype}", style="yellow")
-        if stretch.ties:
-            use.append(f" ~ {clean(', '.join(stretch.ties))}", style="dim")
+        if ties := _ties(found, stretch):
+            use.append(f" ~ {clean(', '.join(ties))}", style="dim")
         shown.add_row(_tokens(stretch), use, *_costs(stretch))
     yield shown
     if found.one_for_all and len(found.stretches) > 1:
@@ -94,6 +95,22 @@ def _section(found: Crossover) -> Iterator[RenderableType]:
     for line in _cannot_win(found.excluded):
         yield Text(line, style="yellow")
     yield Text()
+
+
+def _ties(found: Crossover, stretch: Stretch) -> list[str]:
+    """Whoever ties with the backend, and at which counts where not at all of the stretch."""
+    rows = [row for row in found.measured if stretch.from_tokens <= row.num_tokens <= stretch.to_tokens]
+    told = []
+    for name in dict.fromkeys(name for row in rows for name in row.ties if name != stretch.backend):
+        counts = [f"{part[0]} to {part[-1]}" if part[1:] else str(part[0]) for part in _runs(rows, name)]
+        told.append(name if all(name in row.ties for row in rows) else f"{name} at {listed(counts)}")
+    return told
+
+
+def _runs(rows: Sequence[Measured], name: str) -> list[list[int]]:
+    """The counts at which it ties, neighbours together."""
+    grouped = groupby(rows, key=lambda row: name in row.ties)
+    return [[row.num_tokens for row in group] for tie, group in grouped if tie]
 
 
 def _title(found: Crossover) -> str:
@@ -150,8 +167,8 @@ def _legend(crossovers: Sequence[Crossover]) -> Iterator[str]:
     stretches = [stretch for found in crossovers for stretch in found.stretches]
     if any(stretch.runner_up for stretch in stretches):
         yield "costs: what the runner-up takes longer, on geometric average (and at most)"
-    if any(stretch.ties for stretch in stretches):
-        yield "~ ties: the 95 % interval of the ratio includes 1 at every count"
+    if any(_ties(found, stretch) for found in crossovers for stretch in found.stretches):
+        yield "~ ties: the 95 % interval of the ratio includes 1, at all counts or those named"
     if any(len(found.stretches) > 1 for found in crossovers):
         yield "between two ranges the upper one holds, as servers pad a batch to the next captured size"
     single = [found for found in crossovers if found.rounds < 2]

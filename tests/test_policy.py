@@ -69,6 +69,14 @@ def test_whoever_ties_at_every_count_of_a_range_is_named():
     assert "a ~ b" in screen([table])
 
 
+def test_whoever_ties_at_some_counts_of_a_range_is_named_with_them():
+    tables = crossovers(grid(a={1: 10, 2: 10, 4: 10, 8: 10}, b={1: 10.001, 2: 30, 4: 10.001, 8: 9.999}))
+    assert ranges(tables[0]) == [(1, 8, "a")]
+    assert "| 1 to 8 | a | b at 1 and 4 to 8 |" in pages.markdown(tables)
+    assert "a ~ b at 1 and 4 to 8" in screen(tables)
+    assert "at all counts or those named" in screen(tables)
+
+
 def test_rounds_decide_ties_where_there_are_several():
     noisy = [*rounds("a", 1, (10.0, 12.0, 11.0)), *rounds("b", 1, (11.0, 10.5, 12.5))]
     steady = [*rounds("a", 1, (10.0, 10.01, 10.02)), *rounds("b", 1, (10.1, 10.11, 10.12))]
