@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
-from operator import mul
-from statistics import fmean
+from math import dist, inf
 from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
@@ -130,15 +129,16 @@ class Timing:
     @property
     def effective_samples(self) -> float:
         """Independent samples that say as much as these: neighbours that resemble each other say less."""
-        n = len(self.samples_us)
+        samples, n = self.samples_us, len(self.samples_us)
         if n < 10:
             return float(n)
-        mean = fmean(self.samples_us)
-        off = [sample - mean for sample in self.samples_us]
-        total: float = sum(map(mul, off, off))
-        if total <= (1e-9 * mean) ** 2 * n:
+        mean = sum(samples) / n
+        total = _square(dist(samples, (mean,) * n))  # a loop in C: 450 samples take 11 us, and 100 in Python
+        if not _square(1e-9 * mean) * n < total < inf:  # all the same, or not times at all
             return float(n)
-        lag1: float = sum(map(mul, off, off[1:])) / total  # map ends with the shorter one
+        # The product of two neighbours is half of what the square of the step between them lacks to the sum of their squares.
+        ends = _square(samples[0] - mean) + _square(samples[-1] - mean)
+        lag1 = 1 - (_square(dist(samples[1:], samples[:-1])) + ends) / (2 * total)
         return n * (1 - max(lag1, 0.0)) / (1 + max(lag1, 0.0))
 
     @property
@@ -302,6 +302,11 @@ class Manifest:
     plan_hash: str
     versions: dict[str, str] = field(default_factory=dict)
     schema: str = SCHEMA
+
+
+def _square(number: float) -> float:
+    """Infinite where number ** 2 raises OverflowError."""
+    return number * number
 
 
 def _quartile(ordered: list[float], number: int) -> float:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from zlib import crc32
 
 import pytest
@@ -278,6 +281,27 @@ def test_samples_are_kept_and_statistics_computed():
     assert ramp.interval_us == (0.0, 99.0)
     assert replace(timing, samples_us=(3.0,)).quartiles_us == (3.0, 3.0)
     assert json.loads(to_json(RECORD))["timing"]["samples_us"] == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("size_us", [1e-3, 50.0, 1e6])
+def test_effective_samples_are_what_the_correlation_of_neighbours_leaves_of_them(alike, size_us):
+    assert RECORD.timing is not None
+    draw, level, samples = random.Random(1), 0.0, []
+    for _ in range(200):
+        level = alike * level + draw.gauss(0, 1)
+        samples.append(size_us * (1 + level / 100))
+    off = [sample - fmean(samples) for sample in samples]
+    lag1 = max(sum(a * b for a, b in pairwise(off)) / sum(a * a for a in off), 0.0)
+    found = replace(RECORD.timing, samples_us=tuple(samples)).effective_samples
+    assert found == pytest.approx(200 * (1 - lag1) / (1 + lag1), rel=1e-9)
+
+
+@pytest.mark.parametrize("samples_us", [(1e200, 2e200) * 30, (1e308,) * 60, (1e-200, 2e-200) * 30, (0.0,) * 60, (5.1,) * 60])
+def test_samples_that_are_no_times_have_an_interval_too(samples_us):
+    assert RECORD.timing is not None
+    low, high = replace(RECORD.timing, samples_us=samples_us).interval_us
+    assert (low, high) == (min(samples_us), max(samples_us))
 
 
 @pytest.mark.parametrize(
