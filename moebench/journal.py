@@ -30,6 +30,7 @@ JOURNAL = "journal.jsonl"
 MANIFEST = "run.json"
 LOCK = ".lock"
 PLAIN = ("1.0", "1.1")  # schemas whose lines had no checksum
+CHECKSUM = len("00000000 ")
 JOURNAL_BYTES_LIMIT = 1 << 30  # 20 000 points of 400 samples are a tenth of it
 MANIFEST_BYTES_LIMIT = 64 << 20
 # What a second attempt may change; --resume makes one. Every other status is a result.
@@ -58,6 +59,15 @@ class Problem:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Some bytes of a run's journal."""
+
+    path: Path  # of the run
+    start: int
+    end: int
+
+
 class InUse(Exception):
     """Another process writes this run; the message names it."""
 
@@ -74,7 +84,7 @@ def load_run(path: Path) -> Run:
             if torn:
                 break
             try:
-                record = _parse(line[:-1], read)
+                record = _parse(line, read)
             except _BadLine as error:
                 where = f"{path / JOURNAL}, line {number} (byte {offset})"
                 raise RecordError(f"{where}: {error}; moebench fsck {path} lists all that is wrong") from None
@@ -83,6 +93,42 @@ def load_run(path: Path) -> Run:
             records.append(record)
             offset += len(line)
     return Run(path=path, manifest=manifest, records=tuple(records), torn=torn)
+
+
+def whole_journal(path: Path) -> Stretch:
+    """What there is of it. Raises RecordError for what is no journal."""
+    fd = _open(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=True)
+    if fd is None:
+        return Stretch(path=path, start=0, end=0)
+    with os.fdopen(fd, "rb") as file:
+        return Stretch(path=path, start=0, end=os.fstat(file.fileno()).st_size)
+
+
+def is_torn(stretch: Stretch) -> bool:
+    """Whether the line at its end was cut off."""
+    if stretch.end == stretch.start:
+        return False
+    with (stretch.path / JOURNAL).open("rb") as file:
+        file.seek(stretch.end - 1)
+        return file.read(1) != b"\n"
+
+
+def read_stretch(stretch: Stretch) -> Iterator[tuple[Record, bytes]]:
+    """The records of whole lines that begin in it, each with its text. Raises RecordError, which load_run does with a sentence."""
+    read = reader()
+    offset = stretch.start
+    with (stretch.path / JOURNAL).open("rb", buffering=1 << 20) as file:
+        if offset:
+            file.seek(offset - 1)
+            offset += len(file.readline()) - 1  # the end of the line that began before
+        for line in file:
+            if offset >= stretch.end or not line.endswith(b"\n"):
+                break
+            try:
+                yield _parse(line, read), line[_start(line) : -1]
+            except _BadLine as error:
+                raise RecordError(str(error)) from None
+            offset += len(line)
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -125,7 +171,7 @@ def problems(path: Path) -> list[Problem]:
             found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=reason))
         elif not last:
             try:
-                record = _parse(line, read)
+                record = _parse(line + b"\n", read)
             except _BadLine as error:
                 found.append(Problem(file=JOURNAL, line=number, offset=offset, reason=str(error)))
             else:
@@ -252,17 +298,23 @@ def _line(record: Record) -> bytes:
 
 
 def _parse(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> Record:
+    """A line with its end."""
     plain = line.startswith(b"{")
-    body = line if plain else memoryview(line)[9:]
-    if not plain and line[:9] != b"%08x " % crc32(body):
-        checksum, _, rest = line.partition(b" ")
+    body = memoryview(line)[_start(line) : -1]
+    if not plain and line[:CHECKSUM] != b"%08x " % crc32(body):
+        checksum, _, rest = line[:-1].partition(b" ")
         if not re.fullmatch(rb"[0-9a-f]{8}", checksum):
-            raise _BadLine(f"is no record: {line[:40]!r}")
+            raise _BadLine(f"is no record: {line[:-1][:40]!r}")
         raise _BadLine(f"its checksum is {checksum.decode()} and that of its {len(rest)} bytes is {crc32(rest):08x}")
     record = read(body) if line.isascii() else None  # as ours are; other encodings are for the slow way
     if record is not None and _is_sound(record, plain):
         return record
     return _parse_slowly(bytes(body), plain)
+
+
+def _start(line: bytes) -> int:
+    """Of the record in it."""
+    return 0 if line.startswith(b"{") else CHECKSUM
 
 
 def _is_sound(record: Record, plain: bool) -> bool:

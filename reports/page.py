@@ -439,9 +439,10 @@ def _sensors(records: Sequence[Record]) -> list[Html]:
 
 def _phases(records: Sequence[Record]) -> list[Html]:
     """Where the workers' time went, over all rows of a backend."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for record in records:
-        found[record.backend].update(record.phases_s)
+        for name, spent_s in record.phases_s.items():
+            found[record.backend][name] += spent_s
     names = list(dict.fromkeys(name for spent in found.values() for name in spent))
     rows = [[backend, *(f"{spent[name]:.1f}" if name in spent else "" for name in names)] for backend, spent in found.items() if spent]
     inner = table(["backend", *names], rows, caption="Seconds that workers spent, by phase")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
@@ -10,7 +10,7 @@ import click
 from moebench.case import did_you_mean
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import kept, uncollected
-from moebench.journal import RUNS, Run, load_run, merge
+from moebench.journal import RUNS, Run, is_torn, load_manifest, load_run, merge, whole_journal
 from moebench.record import RecordError
 from moebench.reports import json_rows, markdown, table_csv
 
@@ -35,28 +35,50 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
     """Report on run directories, merged; the newest under runs/ without an argument.
 
     An html report is one page that needs nothing else: no server, no network."""
+    paths = runs or (_newest(),)
+    ending = out.suffix.lower().removeprefix(".") if out else ""
+    style = style or (ending if ending in FORMATS else "md")
     try:
-        loaded = kept([load_run(path) for path in runs or (_newest(),)])
+        done = out is not None and plots is None and baseline is None and _by_many(paths, style, out)
+        loaded = [] if done else kept([load_run(path) for path in paths])
     except RecordError as error:
         fail([str(error)], UNREADABLE)
+    except OSError as error:
+        fail([f"{error.filename or out}: {error.strerror}"], STORAGE)
     for run in loaded:
-        if run.torn:
-            click.echo(f"note: {run.path}: the journal's last line was cut off and is left out", err=True)
+        _note_torn(run.path, run.torn)
     known = list(dict.fromkeys(record.backend for run in loaded for record in run.records))
     if baseline is not None and baseline not in known:
         there = f"these runs have {', '.join(known)}" if known else "these runs have no records"
         fail([f"--baseline {baseline!r} is in no record{did_you_mean(baseline, known)}; {there}"], USAGE)
-    ending = out.suffix.lower().removeprefix(".") if out else ""
-    style = style or (ending if ending in FORMATS else "md")
     try:
         if plots is not None:
             for path in _draw(loaded, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
-        _write(_render(loaded, style, baseline, figures), out)
+        if not done:
+            _write(_render(loaded, style, baseline, figures), out)
     except OSError as error:
         fail([f"{error.filename}: {error.strerror}"], STORAGE)
     if out is not None:
         click.echo(str(out))
+
+
+def _by_many(paths: Sequence[Path], style: str, out: Path) -> bool:
+    """Whether a table of all records of large journals was written by several processes."""
+    if style not in ("csv", "json") or (out.exists() and not out.is_file()):  # a pipe has no places to write to
+        return False
+    runs = [(load_manifest(path), whole_journal(path)) for path in paths]
+    journals = [journal for _, journal in runs]
+    if not (table_csv.write(journals, out) if style == "csv" else json_rows.write(runs, out)):
+        return False
+    for journal in journals:
+        _note_torn(journal.path, is_torn(journal))
+    return True
+
+
+def _note_torn(path: Path, torn: bool) -> None:
+    if torn:
+        click.echo(f"note: {path}: the journal's last line was cut off and is left out", err=True)
 
 
 def _render(runs: list[Run], style: str, baseline: str | None, most_figures: int) -> Iterable[str]:
