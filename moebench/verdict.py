@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -164,7 +165,7 @@ def foresee(run: Run, rule: Rule | None = None) -> list[Verdict]:
         logs[row, : len(pair.rounds)] = [log(record.timing.median_us) for record in pair.base.values() if record.timing]
     # A difference of two such processes varies by the root of two more.
     effects = of_rounds(2**0.5 * (logs - np.nanmean(logs, axis=1, keepdims=True)))
-    floor = floors(np.array([_center_us(pair.base) for pair in pairs]))
+    floor = floors(np.array([pair.base_us for pair in pairs]))
     options = Options(rule=rule or Rule())
     found = find(effects, floor, options.rule)
     family = int(found.decided.sum())
@@ -190,7 +191,16 @@ class _Pair:
     @cached_property
     def usable(self) -> list[int]:
         """Rounds with neither side in doubt."""
-        return [number for number in self.rounds if not self._doubts(self.base[number]) and not self._doubts(self.candidate[number])]
+        pairs = [(number, self.base[number], self.candidate[number]) for number in self.rounds]
+        return [number for number, a, b in pairs if not (a.flags or b.flags) or not (self._doubts(a) or self._doubts(b))]
+
+    @cached_property
+    def base_us(self) -> float:
+        return _center_us(self.base)
+
+    @cached_property
+    def candidate_us(self) -> float:
+        return _center_us(self.candidate)
 
     @cached_property
     def clocks(self) -> tuple[float, float]:
@@ -199,9 +209,9 @@ class _Pair:
         sides = ([side[number] for number in self.usable] for side in (self.base, self.candidate))
         found = []
         for rows in sides:
-            if 2 * sum(bool(row.flags) and at_power_limit(row) for row in rows) >= len(rows) > 0:
+            if 2 * sum([bool(row.flags) and at_power_limit(row) for row in rows]) >= len(rows) > 0:
                 return 0.0, 0.0
-            found.append(_median(row.telemetry.sm_mhz[1] for row in rows if row.telemetry))
+            found.append(_median([row.telemetry.sm_mhz[1] for row in rows if row.telemetry]))
         return found[0], found[1]
 
     @cached_property
@@ -230,11 +240,12 @@ class _Pair:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        found = set().union(*(self._doubts(side[number]) for number in self.rounds for side in (self.base, self.candidate)))
-        return tuple(name for name in FLAGS if name in found)
+        rows = [side[number] for number in self.rounds for side in (self.base, self.candidate)]
+        found = {name for row in rows if row.flags for name in self._doubts(row)}
+        return tuple([name for name in FLAGS if name in found]) if found else ()
 
     def _doubts(self, row: Record) -> set[str]:
-        return doubts(row) - self.allowed_flags if row.flags else set()
+        return doubts(row) - self.allowed_flags
 
 
 def _match(key: Key, old: Side, new: Side, again: Side, options: Options) -> tuple[Verdict | None, _Pair | None]:
@@ -282,7 +293,7 @@ def _timed(pairs: Sequence[_Pair], options: Options, stored: Stored | None, unfi
     if not pairs:
         return []
     differences = np.full((len(pairs), _most_rounds(pairs)), np.nan)
-    centers = np.array([_center_us(pair.base) for pair in pairs])
+    centers = np.array([pair.base_us for pair in pairs])
     for row, pair in enumerate(pairs):
         usable = pair.usable
         differences[row, : len(usable)] = [_log_ratio(pair.base[number], pair.candidate[number]) for number in usable]
@@ -381,8 +392,8 @@ def _verdict(
         scope=scope,
         outcome=outcome,
         reason=reason,
-        base_us=_center_us(pair.base),
-        candidate_us=_center_us(pair.candidate),
+        base_us=pair.base_us,
+        candidate_us=pair.candidate_us,
         ratio=exp(effects.estimate[number]) if known else None,
         low=exp(found.low[number]) if bounded else None,
         high=exp(found.high[number]) if bounded else None,
@@ -401,7 +412,7 @@ def _against_jobs(pairs: Sequence[_Pair], stored: Stored) -> Effects:
     """The job is the unit, and the base the mean of its jobs."""
     bands = [stored.band(pair.key) for pair in pairs]
     jobs = np.array([len(band) for band in bands])
-    centers = np.array([log(_center_us(pair.candidate)) for pair in pairs])
+    centers = np.array([log(pair.candidate_us) for pair in pairs])
     means = np.array([np.mean(band) if band else np.nan for band in bands])
     spread = np.array([np.std(band, ddof=1) * (1 + 1 / len(band)) ** 0.5 if band else np.nan for band in bands])
     return Effects(estimate=centers - means, error=spread, degrees=np.maximum(jobs - 1, 0))
@@ -426,23 +437,53 @@ def _log_ratio(base: Record, candidate: Record) -> float:
     return log(candidate.timing.median_us / base.timing.median_us)
 
 
+@dataclass(kw_only=True)
+class _Conditions:
+    """What a run's rows say of where they were measured, collected in one pass: a run may have tens of thousands."""
+
+    run_ids: set[str] = field(default_factory=set)
+    devices: set[str] = field(default_factory=set)
+    power_limits_w: list[float] = field(default_factory=list)
+    memory_mhz: list[float] = field(default_factory=list)
+    canaries: dict[int, list[Canary]] = field(default_factory=lambda: defaultdict(list))  # by round
+
+    @classmethod
+    def of(cls, rows: Iterable[Record]) -> _Conditions:
+        found = cls()
+        for row in rows:
+            found.run_ids.add(row.run_id)
+            if row.timing is not None:
+                found.devices.add(row.device)
+            if (seen := row.telemetry) is not None:
+                found.power_limits_w.append(seen.power_limit_w)
+                found.memory_mhz.append(seen.mem_mhz)
+            if row.canary is not None:
+                found.canaries[row.round].append(row.canary)
+        return found
+
+    def control_times_us(self, time_us: Callable[[Canary], float]) -> dict[int, float]:
+        """A control's time in each round, the median over rows."""
+        times = {number: [us for us in map(time_us, canaries) if us > 0] for number, canaries in self.canaries.items()}
+        return {number: median(values) for number, values in times.items() if values}
+
+
 def _unfit(base: Run, candidate: Run, records: tuple[list[Record], list[Record]]) -> list[str]:
     """Why times of these two runs cannot be compared at all."""
     found = []
-    ids = [{record.run_id for record in rows if record.run_id} for rows in records]
+    old, new = map(_Conditions.of, records)
+    ids = old.run_ids - {""}, new.run_ids - {""}
     if base.path.resolve() == candidate.path.resolve() or (ids[0] and ids[0] == ids[1] and base.manifest == candidate.manifest):
         found.append("base and candidate are the same run, and a run is never slower than itself")
-    names = [sorted({record.device for record in rows if record.timing}) for rows in records]
-    if names[0] and names[1] and names[0] != names[1]:
-        found.append(f"the devices differ: {', '.join(names[0])} / {', '.join(names[1])}")
-    limits = [_median(row.telemetry.power_limit_w for row in rows if row.telemetry) for rows in records]
+    if old.devices and new.devices and old.devices != new.devices:
+        found.append(f"the devices differ: {', '.join(sorted(old.devices))} / {', '.join(sorted(new.devices))}")
+    limits = _median(old.power_limits_w), _median(new.power_limits_w)
     if limits[0] and limits[1] and _apart(*limits) > POWER_DRIFT:
         found.append(f"the power limits differ: {limits[0]:.0f} W / {limits[1]:.0f} W")
-    memory = [_median(row.telemetry.mem_mhz for row in rows if row.telemetry) for rows in records]
+    memory = _median(old.memory_mhz), _median(new.memory_mhz)
     if memory[0] and memory[1] and _apart(*memory) > CLOCK_DRIFT:
         found.append(f"the memory clocks differ: {memory[0]:.0f} MHz / {memory[1]:.0f} MHz")
     for control, time_us in CONTROLS.items():
-        times = [_control_times(rows, time_us) for rows in records]
+        times = old.control_times_us(time_us), new.control_times_us(time_us)
         both = sorted(times[0].keys() & times[1].keys())
         if len(both) < 2:
             continue
@@ -451,15 +492,6 @@ def _unfit(base: Run, candidate: Run, records: tuple[list[Record], list[Record]]
             change = exp(moved.estimate[0]) - 1
             found.append(f"the environment changed: the same {control}, which no change can touch, took {change:+.1%} in the candidate run")
     return found
-
-
-def _control_times(rows: Iterable[Record], time_us: Callable[[Canary], float]) -> dict[int, float]:
-    """A control's time in each round, the median over rows."""
-    times: dict[int, list[float]] = {}
-    for row in rows:
-        if row.canary and (us := time_us(row.canary)) > 0:
-            times.setdefault(row.round, []).append(us)
-    return {number: median(values) for number, values in times.items()}
 
 
 def _worse(old: Side, new: Side) -> str:
