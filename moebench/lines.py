@@ -17,7 +17,7 @@ from moebench.record import Record, Timing
 # Fields that are the same in many lines, by the class that has them: each text of one is decoded once for all of them.
 # They are most of a line: kernels alone are up to 6.7 of 9 KB.
 SHARED: dict[type, frozenset[str]] = {
-    Record: frozenset({"case", "error", "routing", "kernels", "contract", "roofline"}),
+    Record: frozenset({"case", "error", "routing", "facts", "kernels", "contract", "roofline"}),
     Timing: frozenset({"proof"}),
 }
 MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
@@ -65,11 +65,13 @@ def _struct(kind: type) -> type[msgspec.Struct]:
     for field in fields(kind):
         annotation = BOUNDED.get(kind, {}).get(field.name) or _twin(hints(kind)[field.name])
         default: Any = msgspec.NODEFAULT if field.default is MISSING else field.default
-        if field.default_factory is not MISSING:
-            default = msgspec.field(default_factory=field.default_factory)
         if field.name in SHARED.get(kind, ()):
             annotation = msgspec.Raw
+            if field.default_factory is not MISSING:
+                default = field.default_factory()
             default = default if default is msgspec.NODEFAULT else msgspec.Raw(msgspec.json.encode(default))
+        elif field.default_factory is not MISSING:
+            default = msgspec.field(default_factory=field.default_factory)
         if field.name in NAMED.get(kind, ()):
             default = msgspec.NODEFAULT
         twins.append((field.name, annotation, default))

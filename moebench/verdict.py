@@ -568,8 +568,9 @@ def _changes(base: Iterable[Record], candidate: Iterable[Record]) -> list[str]:
 
 def _all_alike(rows: Sequence[Record]) -> bool:
     """To the letter, as most are: a row takes 1 us here, and 4 to be taken apart."""
-    facts, kernels = repr(rows[0].facts), rows[0].kernels
-    return all(row.kernels == kernels and repr(row.facts) == facts for row in rows)
+    first = rows[0]
+    facts = repr(first.facts)
+    return all(row.kernels == first.kernels and (row.facts is first.facts or repr(row.facts) == facts) for row in rows)
 
 
 def _numbers(values: Collection[int]) -> str:

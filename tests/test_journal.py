@@ -346,10 +346,17 @@ def test_what_lines_have_in_common_is_made_once_for_all_of_them(tmp_path, row):
     )
     first, second = load_run(run_directory(tmp_path / "run", row, more)).records
     assert (first, second) == (row, more)
-    for name in SHARED[Record]:
+    for name in SHARED[Record] - {"facts"}:
         assert getattr(first, name) is getattr(second, name), name
     if row.timing is not None:
         assert first.timing.proof is second.timing.proof
+
+
+def test_backends_say_of_themselves_what_they_said_before(tmp_path):
+    rows = [replace(RECORD, round=number, facts={"tactic": "73"} if number < 2 else {}) for number in range(4)]
+    found = load_run(run_directory(tmp_path / "run", *rows)).records
+    assert [record.facts for record in found] == [{"tactic": "73"}, {"tactic": "73"}, {}, {}]
+    assert found[0].facts is found[1].facts
 
 
 @pytest.mark.parametrize(
