@@ -184,6 +184,12 @@ def problems(path: Path) -> list[Problem]:
     return found
 
 
+def is_of_a_run(file: Path) -> bool:
+    """Whether it is, by whatever name, the journal or the manifest of a run directory."""
+    real = file.resolve()
+    return real.name in (JOURNAL, MANIFEST) and (real.parent / MANIFEST).exists()
+
+
 def settled(records: Iterable[Record]) -> set[Cell]:
     """What --resume leaves alone: results, and what failed as often as it may."""
     records = list(records)

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from moebench.cli import main
+from moebench.cli import NAMES, main
+from moebench.commands.out_file import OutFile
+from tests.made_runs import timed, write_run
 from tests.running import ROOT, moebench
 
 
@@ -73,6 +76,32 @@ def test_report_renders_and_writes(tmp_path):
     assert "No such file" in moebench("report", "--out", "none/a.md", cwd=tmp_path, check=5).stderr
 
 
+@pytest.mark.parametrize("file", ["journal.jsonl", "run.json", "link"])
+def test_no_report_takes_the_place_of_what_was_measured(tmp_path, file):
+    path = write_run(tmp_path / "run", timed("torch", 1, 50.0))
+    (path / "link").symlink_to("journal.jsonl")
+    before = {name: (path / name).read_bytes() for name in ("journal.jsonl", "run.json")}
+    for words in (["report", "--out"], ["report", "--format", "csv", "--out"], ["export", "--format", "nvbench", "--out"]):
+        done = run(*words, str(path / file), str(path))
+        assert done.exit_code == 2
+        assert "what a run has measured" in done.output
+        assert "choose another file" in done.output
+    assert {name: (path / name).read_bytes() for name in before} == before
+    assert run("report", "--out", str(tmp_path / "journal.jsonl"), str(path)).exit_code == 0  # no run there
+
+
+def test_every_file_that_a_command_writes_is_kept_off_runs():
+    read = {("compile", "against")}
+    files = {
+        (name, option.name): option.type
+        for name in NAMES
+        for option in main.get_command(click.Context(main), name).params
+        if isinstance(option.type, click.Path) and not option.type.dir_okay
+    }
+    assert len(files) > 8
+    assert {key for key, kind in files.items() if not isinstance(kind, OutFile)} == read
+
+
 def test_an_unwritable_run_directory_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     done = moebench("sweep", "--model", "tiny", "--tokens", "1", "--backend", "torch", "--out", "file/run", cwd=tmp_path, check=5)
@@ -112,6 +141,7 @@ def test_the_first_screen_names_every_command_and_imports_none():
         "outcome",
         "uncollected",
         "gate_selfcheck",
+        "out_file",
     }
     assert {line.split()[0] for line in shown.splitlines() if line.startswith("  ")} >= files
     assert all(main.get_command(None, name).name == name for name in files)

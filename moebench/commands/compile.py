@@ -12,6 +12,7 @@ from rich.console import Console
 from moebench import registry
 from moebench.case import did_you_mean
 from moebench.child import Halt, spawn
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import OK, POINTS_FAILED, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
 from moebench.compiled import Compiled, from_dict, to_dict, unjudged, worse
 from moebench.compiling import COMPILE_S
@@ -29,7 +30,7 @@ DEADLINES_S = {"compile": COMPILE_S, "interrupt": 0.0}
 @click.option(
     "--against", type=click.Path(path_type=Path, dir_okay=False), help="A document of an earlier --json: name every kernel that got worse."
 )
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Keep what the compilers print in this file.")
+@click.option("--log", type=OutFile(), help="Keep what the compilers print in this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document last on stdout; everything else goes to stderr.")
 def compile(backend: str, arch: str, out: Path | None, against: Path | None, log: Path | None, as_json: bool) -> None:
     """Compile every configuration that BACKEND ships, without a GPU, and say what each needs.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
 from moebench.journal import Run, load_run
 from moebench.record import RecordError
@@ -27,9 +28,7 @@ TIMES_ONLY = ("googlebench", "flashinfer")
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--format", "style", type=click.Choice(list(FORMATS)), required=True, help="Whose format.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write; nvbench adds OUT-bin/ beside it."
-)
+@click.option("--out", type=OutFile(), required=True, help="File to write; nvbench adds OUT-bin/ beside it.")
 def export(run: Path, style: str, out: Path) -> None:
     """Write a run directory in the format of another tool.
 

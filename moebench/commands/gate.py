@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from moebench.baselines import BaselineError, is_baseline, is_store, load, matching
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import NO_VERDICT, OK, REGRESSION, STORAGE, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import kept, uncollected
 from moebench.flags import FLAGS
@@ -57,7 +58,7 @@ def rule_options(command: click.decorators.FC) -> click.decorators.FC:
 
 
 def output_options(command: click.decorators.FC) -> click.decorators.FC:
-    files = click.Path(path_type=Path, dir_okay=False)
+    files = OutFile()
     options = (
         click.option("--format", "style", type=click.Choice(["table", "json", "md"]), default="table", show_default=True),
         click.option("--json-out", type=files, metavar="FILE", help="Write JSON as well."),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from moebench.case import Case
 from moebench.commands.axes import axis_options, build_plan
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import INTERRUPTED, OK, POINTS_FAILED, STORAGE, UNREADABLE, USAGE, fail
 from moebench.journal import RUNS
 from moebench.profile import CALLS, Request, Tool, capture, command, load, perfetto, read_ncu, read_nsys, run_tool, view
@@ -57,13 +58,9 @@ class Found:
 @click.option(
     "--diff", "sides", nargs=2, metavar="A B", help="What makes B slower or faster than A: two saved profiles, or two backends of the case."
 )
-@click.option(
-    "--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the profile as JSON, for --load and --diff."
-)
-@click.option(
-    "--perfetto", "trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a trace for ui.perfetto.dev."
-)
-@click.option("--figure", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the kernels of a call as SVG.")
+@click.option("--save", type=OutFile(), metavar="FILE", help="Write the profile as JSON, for --load and --diff.")
+@click.option("--perfetto", "trace", type=OutFile(), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
+@click.option("--figure", type=OutFile(), metavar="FILE", help="Draw the kernels of a call as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document last on stdout; everything else goes to stderr.")
 def profile(
     tool: Tool | None,

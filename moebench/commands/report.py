@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moebench.case import did_you_mean
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import kept, uncollected
 from moebench.journal import RUNS, Run, is_torn, load_manifest, load_run, merge, whole_journal
@@ -20,7 +21,7 @@ FORMATS = ("html", "md", "csv", "json")
 @click.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--format", "style", type=click.Choice(FORMATS), help="What to write.  [default: by the ending of --out, else md]")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file instead of stdout.")
+@click.option("--out", type=OutFile(), help="Write to this file instead of stdout.")
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Also write every figure here: NAME.png and NAME-dark.png.")
 @click.option(
     "--baseline",

@@ -13,6 +13,7 @@ from rich.console import Console
 from moebench import registry
 from moebench.case import MODELS, case
 from moebench.child import Halt, spawn
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import OK, POINTS_FAILED, USAGE, fail
 from moebench.reports.text import clean
 from moebench.sweep import DEADLINES_S
@@ -23,7 +24,7 @@ from moebench.sweep import DEADLINES_S
 @click.option("--minutes", type=click.FloatRange(min=0, max=7 * 24 * 60, min_open=True), default=10.0, show_default=True)
 @click.option("--model", type=click.Choice(list(MODELS)), default="gpt-oss-20b", show_default=True)
 @click.option("--tokens", type=click.IntRange(0, 1 << 20), default=256, show_default=True)
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Keep what the backend prints in this file.")
+@click.option("--log", type=OutFile(), help="Keep what the backend prints in this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document last on stdout; everything else goes to stderr.")
 def soak(backend: str, minutes: float, model: str, tokens: int, log: Path | None, as_json: bool) -> None:
     """Launch BACKEND for minutes on a few inputs and compare every output, on the device, with the first of its input.

@@ -15,6 +15,7 @@ from rich.console import Console
 from moebench import registry
 from moebench.case import MODELS, case
 from moebench.child import Halt, spawn
+from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import OK, POINTS_FAILED, STORAGE, USAGE, fail
 from moebench.reports.text import clean, count
 from moebench.reports.tuned_choices import tuned_table
@@ -29,9 +30,9 @@ MOST_PROCESSES = 8  # each after the first goes on without the choice that ended
 @click.argument("backend")
 @click.option("--model", type=click.Choice(list(MODELS)), default="gpt-oss-20b", show_default=True, help="Whose layer is timed.")
 @click.option("--tokens", metavar="LIST", help="Only regimes that are judged by these token counts, and by these alone.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.  [default: where the backend looks]")
+@click.option("--out", type=OutFile(), help="Write the table here.  [default: where the backend looks]")
 @click.option("--write", is_flag=True, help="Write the table that the backend ships; in a checkout only.")
-@click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Keep what the backend prints in this file.")
+@click.option("--log", type=OutFile(), help="Keep what the backend prints in this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document last on stdout; everything else goes to stderr.")
 def tune(backend: str, model: str, tokens: str | None, out: Path | None, write: bool, log: Path | None, as_json: bool) -> None:
     """Try other choices in each regime of BACKEND's table, here and now, and keep those that are clearly faster.
