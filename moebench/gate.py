@@ -30,7 +30,7 @@ Flags = NDArray[np.bool_]
 RESOLUTION_US = 0.5  # of a CUDA event
 BAND = 3.0  # standard deviations of an A/A difference that no change is claimed within
 POWER = 0.9  # with which a minimum detectable effect is found
-FLIPS = 1 << 12  # sign patterns: all of them up to 12 rounds, drawn ones above
+BLOCKS = 12  # of rounds that are flipped together, a round each where there are no more: 4096 sign patterns
 FLIP_LEVEL = 0.05
 PART = 64  # cells whose flips are summed at once: 2 MB, which stay in a cache
 MOST_ROUNDS = 64  # that are proposed to make a cell see more
@@ -265,26 +265,39 @@ def _reach(
 def _flips_agree(rounds: Floats, asked: Flags) -> Flags:
     """Whether so large a sum of a cell's rounds is rare among those with signs flipped at random; computed where asked."""
     agrees = np.zeros(asked.shape, bool)
-    if not asked.any():
-        return agrees
-    signs = _signs(rounds.shape[-1])
-    chosen = np.nan_to_num(rounds[asked])  # a round without a pair is 0: flipping it changes nothing
-    found = np.empty(len(chosen), bool)
-    for start in range(0, len(chosen), PART):
-        part = chosen[start : start + PART]
-        sums = part @ signs
-        as_large = np.count_nonzero(sums >= part.sum(-1, keepdims=True) - 1e-12, axis=-1)
-        found[start : start + PART] = as_large / signs.shape[-1] <= FLIP_LEVEL
+    chosen = rounds[asked]
+    known = np.isfinite(chosen)
+    first = np.take_along_axis(chosen, np.argsort(~known, axis=-1, kind="stable"), -1)  # those that a cell has
+    counts = known.sum(-1)
+    found = np.zeros(len(chosen), bool)
+    for count in set(counts.tolist()) - {0}:
+        here = counts == count
+        found[here] = _is_rare(first[here, :count])
     agrees[asked] = found
     return agrees
 
 
+def _is_rare(rounds: Floats) -> Flags:
+    """Of cells that all have these rounds. Of more than BLOCKS, neighbours are flipped together: a subgroup of all flips, so a test as
+    exact, with all its patterns.
+
+    A pattern is any of the first half with any of the second: one comparison each, and matrices too small for BLAS to start its threads,
+    which on a host of 16 cores waited for more seconds of CPU than all the rest of a gate takes."""
+    count = min(rounds.shape[-1], BLOCKS)
+    blocks = np.add.reduceat(rounds, np.arange(count) * rounds.shape[-1] // count, axis=-1)
+    half = count // 2
+    signs = _signs(half), _signs(count - half)
+    rare = np.empty(len(blocks), bool)
+    for start in range(0, len(blocks), PART):
+        part = blocks[start : start + PART]
+        lacks = (part.sum(-1, keepdims=True) - 1e-12) - part[:, :half] @ signs[0]
+        as_large = np.count_nonzero((part[:, half:] @ signs[1])[:, None, :] >= lacks[:, :, None], axis=(1, 2))
+        rare[start : start + PART] = as_large / (1 << count) <= FLIP_LEVEL
+    return rare
+
+
 @lru_cache
-def _signs(rounds: int) -> Floats:
-    """[rounds, patterns] of 1 and -1, the pattern that flips none first."""
-    if 1 << rounds <= FLIPS:
-        bits = np.arange(1 << rounds)[None, :] >> np.arange(rounds)[:, None] & 1
-    else:
-        bits = np.random.default_rng(0).integers(0, 2, (rounds, FLIPS))
-        bits[:, 0] = 0
+def _signs(count: int) -> Floats:
+    """[count, patterns] of 1 and -1: all there are."""
+    bits = np.arange(1 << count)[None, :] >> np.arange(count)[:, None] & 1
     return (1 - 2 * bits).astype(np.float64)

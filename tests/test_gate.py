@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from moebench.commands.gate import gate
-from moebench.gate import Rule, find, floors, holm, of_rounds, rounds_needed, t_quantile, t_tail
+from moebench.gate import Rule, _flips_agree, find, floors, holm, of_rounds, rounds_needed, t_quantile, t_tail
 from moebench.journal import Run
 from moebench.record import Kernel, Manifest
 from moebench.verdict import Options, foresee, judge
@@ -81,6 +81,27 @@ def test_a_sign_flip_test_can_keep_a_t_test_from_being_believed():
     effects = of_rounds(row)
     assert not find(effects, 0.0, lax).slower[0]
     assert find(replace(effects, differences=None), 0.0, lax).slower[0]
+
+
+@pytest.mark.parametrize("rounds", [5, 6, 11, 12])
+def test_a_sign_flip_test_counts_every_pattern_of_a_dozen_rounds(rounds):
+    rows = np.random.default_rng(2).normal(0.2, 1, (200, rounds))
+    patterns = np.array(list(product((1, -1), repeat=rounds)))
+    rare = [(patterns @ row >= row.sum() - 1e-12).mean() <= 0.05 for row in rows]
+    assert 5 < sum(rare) < 195
+    assert _flips_agree(rows, np.ones(200, bool)).tolist() == rare
+    spread = np.full((200, 30), np.nan)
+    spread[:, 1 : 2 * rounds : 2] = rows  # where rounds are missing
+    assert _flips_agree(spread, np.ones(200, bool)).tolist() == rare
+
+
+@pytest.mark.parametrize("rounds", [13, 20, 64])
+def test_a_sign_flip_test_of_many_rounds_is_wrong_as_often_as_it_says_and_finds_what_is_there(rounds):
+    draw = np.random.default_rng(rounds)
+    noise, every = draw.standard_t(3, (20_000, rounds)), np.ones(20_000, bool)
+    assert _flips_agree(noise, every).mean() == pytest.approx(0.05, abs=0.006)
+    assert _flips_agree(noise + 6 / rounds**0.5, every).mean() > 0.9
+    assert not _flips_agree(noise, ~every).any()
 
 
 def test_a_call_of_five_microseconds_is_not_judged_by_less_than_half_of_one():
