@@ -32,7 +32,7 @@ BAND = 3.0  # standard deviations of an A/A difference that no change is claimed
 POWER = 0.9  # with which a minimum detectable effect is found
 BLOCKS = 12  # of rounds that are flipped together, a round each where there are no more: 4096 sign patterns
 FLIP_LEVEL = 0.05
-PART = 64  # cells whose flips are summed at once: 2 MB, which stay in a cache
+PART = 64  # cells whose flips are looked at at once: 256 KB, which stay in a cache
 MOST_ROUNDS = 64  # that are proposed to make a cell see more
 
 

@@ -22,6 +22,7 @@ from moebench.record import Record
 # What becomes of a record, and of the text that the journal has of it. Pieces that many records share are best one object.
 Tell = Callable[[Record, bytes], tuple[bytes, ...]]
 WORTH = 64 << 20  # bytes of journals from which several processes take less time than one
+SHARE = 16 << 20  # bytes for each, at least
 BUFFER = 1 << 20
 
 
@@ -70,7 +71,7 @@ class _Reader:
         """None where it did not get to its end."""
         try:
             found: _Seen = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return None
         return found
 
@@ -96,8 +97,9 @@ def write(journals: Sequence[Stretch], table: Table, out: Path) -> bool:
     """Whether it was written: not where it is not certain to be what a merge gives, and not where one process does as well.
 
     Raises OSError where it cannot be written."""
-    processes = len(os.sched_getaffinity(0))
-    if sum(one.end - one.start for one in journals) < WORTH or processes < 2:
+    size = sum(one.end - one.start for one in journals)
+    processes = min(_cores(), size // SHARE)
+    if size < WORTH or processes < 2:
         return False
     readers: list[_Reader] = []
     try:
@@ -120,6 +122,11 @@ def write(journals: Sequence[Stretch], table: Table, out: Path) -> bool:
         for reader in readers:
             reader.end()
     return True
+
+
+def _cores() -> int:
+    """That this process may use; 1 where that cannot be asked, as forking is no good idea there either."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _shares(whole: Sequence[Stretch], number: int) -> list[list[Stretch]]:

@@ -22,7 +22,7 @@ SEVERAL = """
 import os, sys
 from moebench.cli import main
 from moebench.reports import readers
-readers.WORTH, several = 0, readers.write
+readers.WORTH, readers.SHARE, several = 0, 1, readers.write
 os.sched_getaffinity = lambda process: {0, 1, 2}
 def write(journals, table, out):
     done = several(journals, table, out)
