@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,13 +18,18 @@ from tests.running import ENVIRONMENT
 
 # The command with three processes for however little there is, and a word on stderr where they wrote the table.
 SEVERAL = """
-import os, sys
+import os, resource, sys
 from moebench.cli import main
 from moebench.reports import readers
 readers.WORTH, readers.SHARE, several = 0, 1, readers.write
 os.sched_getaffinity = lambda process: {0, 1, 2}
 def write(journals, table, out):
-    done = several(journals, table, out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ.get("MOST_BYTES", limits[0])), limits[1]))
+    try:
+        done = several(journals, table, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     print("written by several" if done else "left to one", file=sys.stderr)
     return done
 readers.write = write
@@ -34,10 +38,9 @@ main()
 ROWS = [replace(row, time=f"2026-11-29T00:00:{number:02d}+00:00") for number, row in enumerate(whole_run())]
 
 
-def report(cwd, *words, limit=None):
-    heavy = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+def report(cwd, *words, **environment):
     command = [sys.executable, "-c", SEVERAL, "report", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=heavy)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, check=False)
 
 
 def rows_of(path):
@@ -125,7 +128,7 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_noted(tmp_path):
 
 def test_a_file_that_cannot_be_written_whole_is_an_error_in_a_sentence(tmp_path):
     run = write_run(tmp_path / "run", *ROWS)
-    done = report(tmp_path, run, "--out", "out.csv", limit=12_000)  # bytes; the first process writes as many
+    done = report(tmp_path, run, "--out", "out.csv", MOST_BYTES="12000")  # which the first process writes
     assert (done.returncode, done.stderr) == (5, "error: out.csv: File too large\n")
 
 
