@@ -186,7 +186,7 @@ def problems(path: Path) -> list[Problem]:
 
 def is_of_a_run(file: Path) -> bool:
     """Whether it is, by whatever name, the journal or the manifest of a run directory."""
-    real = file.resolve()
+    real = Path(os.path.realpath(file))  # resolve raises RuntimeError for a link to itself
     return real.name in (JOURNAL, MANIFEST) and (real.parent / MANIFEST).exists()
 
 

@@ -90,6 +90,13 @@ def test_no_report_takes_the_place_of_what_was_measured(tmp_path, file):
     assert run("report", "--out", str(tmp_path / "journal.jsonl"), str(path)).exit_code == 0  # no run there
 
 
+def test_an_output_that_is_a_link_to_itself_is_a_storage_error(tmp_path):
+    path = write_run(tmp_path / "run", timed("torch", 1, 50.0))
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    done = run("report", "--out", str(tmp_path / "loop.csv"), str(path))
+    assert (done.exit_code, done.output) == (5, f"error: {tmp_path / 'loop.csv'}: Too many levels of symbolic links\n")
+
+
 def test_every_file_that_a_command_writes_is_kept_off_runs():
     read = {("compile", "against")}
     files = {
