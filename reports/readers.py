@@ -7,17 +7,19 @@ reads the runs in one piece, which says what is wrong."""
 from __future__ import annotations
 
 import os
+import signal
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moebench.journal import Stretch, read_stretch
 from moebench.record import Record
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 # What becomes of a record, and of the text that the journal has of it. Pieces that many records share are best one object.
 Tell = Callable[[Record, bytes], tuple[bytes, ...]]
@@ -61,9 +63,12 @@ class _Reader:
     """The parent's side of a process with a share of the journals."""
 
     def __init__(self, share: Sequence[Stretch], table: Table) -> None:
+        """Raises OSError where there is no room for one more process."""
+        from multiprocessing import get_context  # 30 ms, which small journals need not wait for
+
         context = get_context("fork")  # what is imported need not be again, and hashes of strings stay the same
         self._pipe, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_serve, args=(share, table, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(share, table, self._pipe, theirs), daemon=True)
         self._process.start()
         theirs.close()  # or its end would not be seen
 
@@ -103,7 +108,11 @@ def write(journals: Sequence[Stretch], table: Table, out: Path) -> bool:
         return False
     readers: list[_Reader] = []
     try:
-        readers += [_Reader(share, table) for share in _shares(journals, processes)]
+        for share in _shares(journals, processes):
+            try:
+                readers.append(_Reader(share, table))
+            except OSError:
+                return False
         seen = [found for reader in readers if (found := reader.seen())]
         if len(seen) < len(readers) or not _each_for_itself(seen):
             return False
@@ -147,8 +156,10 @@ def _shares(whole: Sequence[Stretch], number: int) -> list[list[Stretch]]:
     return [share for share in shares if share]
 
 
-def _serve(share: Sequence[Stretch], table: Table, pipe: Connection) -> None:
+def _serve(share: Sequence[Stretch], table: Table, theirs: Connection, pipe: Connection) -> None:
     """What a process does with its share: tell all, say what it saw, and write when it is told where."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    theirs.close()  # else the end of a parent that was killed would not be seen
     seen, texts = _Seen(), []
     try:
         for stretch in share:
@@ -159,7 +170,7 @@ def _serve(share: Sequence[Stretch], table: Table, pipe: Connection) -> None:
                 texts.append(pieces)
         pipe.send(seen)
         out, offset = pipe.recv()
-    except BaseException:  # noqa: BLE001  whoever asked reads all again and says what is wrong, or was interrupted as well
+    except BaseException:  # noqa: BLE001  whoever asked reads all again and says what is wrong, or is gone
         os._exit(1)
     error = None
     try:

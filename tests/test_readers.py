@@ -3,9 +3,13 @@
 import csv
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +18,7 @@ from moebench.record import to_json
 from moebench.reports import json_rows, table_csv
 from tests.full_records import HOSTILE, full, whole_run
 from tests.made_runs import untimed, write_run
-from tests.running import ENVIRONMENT
+from tests.running import ENVIRONMENT, heed_interrupts
 
 # The command with three processes for however little there is, and a word on stderr where they wrote the table.
 SEVERAL = """
@@ -146,6 +150,63 @@ def test_a_process_that_is_gone_is_no_reason_to_have_no_table(tmp_path, monkeypa
     done = report(tmp_path, run, "--out", "out.csv")
     assert (done.returncode, done.stderr) == (0, "left to one\n")
     assert len(rows_of(tmp_path / "out.csv")) == len(ROWS)
+
+
+def test_processes_do_not_outlive_one_that_was_killed(tmp_path):
+    run = write_run(tmp_path / "run", *ROWS)
+    dying = SEVERAL.replace("main()\n", "readers._each_for_itself = lambda seen: os.kill(os.getpid(), 9)\nmain()\n")
+    command = [sys.executable, "-c", dying, "report", str(run), "--out", "out.csv"]
+    done = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True)
+    assert done.wait() == -signal.SIGKILL
+    for _ in range(100):
+        if not alive(done.pid):
+            return
+        time.sleep(0.1)
+    os.killpg(done.pid, signal.SIGKILL)
+    pytest.fail("its readers wait for it")
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_interrupt_ends_all_processes_without_a_traceback(tmp_path):
+    run = write_run(tmp_path / "run", *ROWS)
+    slow = SEVERAL.replace(
+        "main()\n", "import time\nfrom moebench.reports import table_csv\ntable_csv._encoded = lambda k: time.sleep(60)\nmain()\n"
+    )
+    command = [sys.executable, "-c", slow, "report", str(run), "--out", "out.csv"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as done:
+        children = Path(f"/proc/{done.pid}/task/{done.pid}/children")
+        while len(children.read_text().split()) < 3:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        os.killpg(done.pid, signal.SIGINT)
+        told = done.communicate(timeout=20)[1]
+    assert (done.returncode, told.strip()) == (1, "Aborted!")
+    assert not alive(done.pid)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_where_no_process_can_be_started_one_does_it_all(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", *ROWS)
+    full_up = "def no(*arguments): raise BlockingIOError(11, 'Resource temporarily unavailable')\nreaders._Reader = no\nmain()\n"
+    monkeypatch.setitem(globals(), "SEVERAL", SEVERAL.replace("main()\n", full_up))
+    done = report(tmp_path, run, "--out", "out.csv")
+    assert (done.returncode, done.stderr) == (0, "left to one\n")
+    assert len(rows_of(tmp_path / "out.csv")) == len(ROWS)
+
+
+def test_reports_of_small_journals_do_not_import_multiprocessing(tmp_path):
+    code = "import sys, moebench.commands.report\nprint([name for name in sys.modules if name.startswith('multiprocessing')])"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_small_journals_are_left_to_one_process(tmp_path):
