@@ -10,9 +10,10 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+from moebench.compare import Key
 from moebench.journal import Run, load_run, merge
 from moebench.record import Manifest, RecordError
-from moebench.verdict import Judgement, Key, Options, Verdict, judge
+from moebench.verdict import Judgement, Options, Verdict, judge
 
 Arm = Literal["base", "cand", "control"]
 FIRST_ROUNDS, AGAIN_ROUNDS = 6, 12  # find 3 % in one of 60 cells in more than 90 % of simulated runs with an H200's noise

@@ -13,10 +13,11 @@ from pathlib import Path
 from statistics import fmean, median
 
 from moebench.case import Case
+from moebench.compare import Key
 from moebench.conform import misfit
 from moebench.journal import Journal, Run, load_run, merge, write_manifest
 from moebench.record import Record, Scope
-from moebench.verdict import Key, Stored
+from moebench.verdict import Stored
 
 STORE = Path("baselines")  # in the working directory, to be committed beside the code it judges
 FILE = "baseline.json"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from math import atan, cos, exp, hypot, log, pi, sin, sqrt
+from operator import attrgetter
 from statistics import fmean, median
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
+from moebench.brief import Brief, briefs
 from moebench.case import Case
-from moebench.journal import Run
-from moebench.record import Contract, Record, Scope, Status, Timing
+from moebench.record import Contract, Manifest, Record, Scope, Status, Telemetry
 
 SideName = Literal["base", "candidate"]
-LEAST_SAMPLES = 6  # lowest to highest of fewer covers the median with less than 95 %: 1 - 2 * 0.5 ** 5 = 0.94
+Key = tuple[Case, str, Scope]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,27 @@ class Uncompared:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What is said of all cells, whether they are listed or not."""
+
+    cells: int = 0
+    faster: int = 0
+    slower: int = 0
+    ties: int = 0  # undecided, with an interval
+    unknown: int = 0  # without one
+    within_process: int = 0
+    flags: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    @property
+    def undecided(self) -> int:
+        return self.cells - self.faster - self.slower
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
-    cells: tuple[Cell, ...]  # decided ones first, the largest effect first
+    cells: tuple[Cell, ...]  # decided ones first, the largest effect first; where there are many, maybe only the first
+    tally: Tally  # of all cells
     changed: tuple[Uncompared, ...] = ()  # another status
     mismatched: tuple[Uncompared, ...] = ()  # other devices or contracts
     alone: tuple[Uncompared, ...] = ()  # on one side only
@@ -86,10 +106,32 @@ class Difference:
     candidate: str
 
 
+class Judged(Protocol):
+    """What sides are made of: records, or what is kept of them."""
+
+    @property
+    def case(self) -> Case: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def scope(self) -> Scope: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def contract_id(self) -> str: ...
+    @property
+    def status(self) -> Status: ...
+    @property
+    def usable(self) -> bool: ...
+
+
+J = TypeVar("J", bound=Judged)
+
+
 @dataclass(kw_only=True)
-class Side:
-    timed: dict[tuple[str, str], list[Record]] = field(default_factory=lambda: defaultdict(list))  # by device and contract
-    other: list[Record] = field(default_factory=list)
+class Side(Generic[J]):
+    timed: dict[tuple[str, str], list[J]] = field(default_factory=lambda: defaultdict(list))  # by device and contract
+    other: list[J] = field(default_factory=list)
 
     @property
     def status(self) -> Status | None:
@@ -98,14 +140,40 @@ class Side:
         return "ok" if self.timed else None
 
 
+@dataclass(kw_only=True)
+class Sensed:
+    """What the sensors said over rows: value -> rows, so that those of several processes add up."""
+
+    sm_mhz: Counter[float] = field(default_factory=Counter)  # medians of rows
+    mem_mhz: Counter[float] = field(default_factory=Counter)
+    power_limit_w: Counter[float] = field(default_factory=Counter)
+
+    def add(self, telemetry: Telemetry) -> None:
+        self.sm_mhz[telemetry.sm_mhz[1]] += 1
+        self.mem_mhz[telemetry.mem_mhz] += 1
+        self.power_limit_w[telemetry.power_limit_w] += 1
+
+    def __add__(self, other: Sensed) -> Sensed:
+        return Sensed(
+            sm_mhz=self.sm_mhz + other.sm_mhz,
+            mem_mhz=self.mem_mhz + other.mem_mhz,
+            power_limit_w=self.power_limit_w + other.power_limit_w,
+        )
+
+
 def compare(base: Iterable[Record], candidate: Iterable[Record], across: bool = False) -> Comparison:
     """Match by case, backend, scope, device and contract; with across, by the first three where the others match nothing."""
+    return of_briefs(briefs(base), briefs(candidate), across)
+
+
+def of_briefs(base: Iterable[Brief], candidate: Iterable[Brief], across: bool = False, most: int | None = None) -> Comparison:
+    """With at most so many of its cells."""
     both = sides(base), sides(candidate)
     cells: list[Cell] = []
     lists: dict[str, list[Uncompared]] = defaultdict(list)
     sentences: dict[str, None] = {}
-    nothing = Side()
-    for key in dict.fromkeys([*both[0], *both[1]]):
+    nothing: Side[Brief] = Side()
+    for key in sorted(both[0].keys() | both[1].keys(), key=_order):
         old, new = both[0].get(key, nothing), both[1].get(key, nothing)
         common = [meaning for meaning in old.timed if meaning in new.timed]
         cells += [_cell(key, old.timed[meaning], new.timed[meaning]) for meaning in common]
@@ -129,20 +197,50 @@ def compare(base: Iterable[Record], candidate: Iterable[Record], across: bool = 
         elif old.timed or new.timed or old.status != new.status:
             lists["changed"].append(_uncompared(key, old, new, _why(new if old.timed else old)))
     return Comparison(
-        cells=tuple(sorted(cells, key=lambda cell: (not cell.ratio.decided, -cell.ratio.effect))),
+        cells=tuple(sorted(cells, key=_by_effect)[:most]),
+        tally=_tally(cells),
         changed=tuple(lists["changed"]),
         mismatched=tuple(lists["mismatched"]),
         alone=tuple(lists["alone"]),
-        across=tuple(sentences),
+        across=tuple(sorted(sentences)),
+    )
+
+
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """Of comparisons that have no cell in common."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def in_order(lists: Iterable[Iterable[Uncompared]]) -> tuple[Uncompared, ...]:
+        return tuple(sorted((row for rows in lists for row in rows), key=_order_of))
+
+    cells = sorted((cell for part in parts for cell in part.cells), key=_order_of)
+    tallies = [part.tally for part in parts]
+    return Comparison(
+        cells=tuple(sorted(cells, key=_by_effect)),
+        tally=Tally(
+            cells=sum(tally.cells for tally in tallies),
+            faster=sum(tally.faster for tally in tallies),
+            slower=sum(tally.slower for tally in tallies),
+            ties=sum(tally.ties for tally in tallies),
+            unknown=sum(tally.unknown for tally in tallies),
+            within_process=sum(tally.within_process for tally in tallies),
+            flags=tuple(sorted({flag for tally in tallies for flag in tally.flags})),
+            models=tuple(sorted({model for tally in tallies for model in tally.models})),
+        ),
+        changed=in_order(part.changed for part in parts),
+        mismatched=in_order(part.mismatched for part in parts),
+        alone=in_order(part.alone for part in parts),
+        across=tuple(sorted({sentence for part in parts for sentence in part.across})),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The times of one cell, a round each, with the logarithms of their medians."""
+    """The times of one cell: the logarithms of the medians of its rounds, and what one round alone says of itself."""
 
-    timings: tuple[Timing, ...]
     logs: tuple[float, ...]
+    within: tuple[float, float] | None  # as of a Brief; of two rounds it is not asked for
 
     @property
     def center_us(self) -> float:
@@ -150,10 +248,9 @@ class Rounds:
         return exp(_mean(self.logs))
 
 
-def rounds_of(records: Iterable[Record]) -> Rounds:
-    """Of records that are usable."""
-    timings = tuple([record.timing for record in records if record.timing])
-    return Rounds(timings=timings, logs=tuple([log(timing.median_us) for timing in timings]))
+def rounds_of(found: Sequence[Brief]) -> Rounds:
+    """Of what is usable."""
+    return Rounds(logs=tuple([one.log_us for one in found]), within=found[0].within)
 
 
 def ratio(base: Rounds, candidate: Rounds) -> Ratio:
@@ -175,15 +272,9 @@ def ratio(base: Rounds, candidate: Rounds) -> Ratio:
     return Ratio(value=exp(difference), low=exp(low), high=exp(high), rounds=rounds)
 
 
-def usable(record: Record) -> bool:
-    """Whether its time says how fast the kernel is."""
-    timing = record.timing
-    return record.status == "ok" and timing is not None and timing.comparable and timing.least_us > 0
-
-
-def environment(base: Run, candidate: Run) -> list[Difference]:
+def environment(base: tuple[Manifest, Sensed], candidate: tuple[Manifest, Sensed]) -> list[Difference]:
     """Everything that differs in what the runs ran on, devices first."""
-    told = _environment(base), _environment(candidate)
+    told = _environment(*base), _environment(*candidate)
     return [
         Difference(what=what, base=told[0].get(what, ""), candidate=told[1].get(what, ""))
         for what in dict.fromkeys([*told[0], *told[1]])
@@ -225,14 +316,10 @@ def _welch(old: Sequence[float], new: Sequence[float]) -> float:
 def _widths(rounds: Rounds) -> tuple[float, float] | None:
     """How far the 95 % interval reaches below and above, as logarithms."""
     logs = rounds.logs
-    if len(logs) >= 2:
-        half = student_t(len(logs) - 1) * sqrt(_variance(logs) / len(logs))
-        return half, half
-    timing = rounds.timings[0]
-    if len(timing.samples_us) < LEAST_SAMPLES:
-        return None
-    low, high = timing.interval_us
-    return logs[0] - log(low), log(high) - logs[0]
+    if len(logs) < 2:
+        return rounds.within
+    half = student_t(len(logs) - 1) * sqrt(_variance(logs) / len(logs))
+    return half, half
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -246,21 +333,52 @@ def _variance(values: Sequence[float]) -> float:
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
-def sides(records: Iterable[Record]) -> dict[tuple[Case, str, Scope], Side]:
-    found: dict[tuple[Case, str, Scope], Side] = {}
+def sides(records: Iterable[J]) -> dict[Key, Side[J]]:
+    found: dict[Key, Side[J]] = {}
     for record in records:
         key = record.case, record.backend, record.scope
         side = found.get(key)
         if side is None:
             side = found[key] = Side()
-        if usable(record):
+        if record.usable:
             side.timed[record.device, record.contract_id].append(record)
         else:
             side.other.append(record)
     return found
 
 
-def _cell(key: tuple[Case, str, Scope], base: Sequence[Record], candidate: Sequence[Record], across: tuple[str, ...] = ()) -> Cell:
+_in_order = attrgetter("model", "top_k", "ep_size", "tp_size", "routing", "seed", "num_tokens", "tp_rank", "ep_rank")
+
+
+def _order(key: Key) -> tuple[object, ...]:
+    case, backend, scope = key
+    return (*_in_order(case), backend, scope)
+
+
+def _order_of(row: Cell | Uncompared) -> tuple[object, ...]:
+    return _order((row.case, row.backend, row.scope))
+
+
+def _by_effect(cell: Cell) -> tuple[bool, float]:
+    return not cell.ratio.decided, -cell.ratio.effect
+
+
+def _tally(cells: Sequence[Cell]) -> Tally:
+    decided = [cell.ratio.value for cell in cells if cell.ratio.decided]
+    unknown = sum(cell.ratio.low is None for cell in cells)
+    return Tally(
+        cells=len(cells),
+        faster=sum(value < 1 for value in decided),
+        slower=sum(value > 1 for value in decided),
+        ties=len(cells) - len(decided) - unknown,
+        unknown=unknown,
+        within_process=sum(cell.ratio.within_process for cell in cells),
+        flags=tuple(sorted({flag for cell in cells for flag in cell.flags})),
+        models=tuple(sorted({cell.case.model for cell in cells})),
+    )
+
+
+def _cell(key: Key, base: Sequence[Brief], candidate: Sequence[Brief], across: tuple[str, ...] = ()) -> Cell:
     old, new = rounds_of(base), rounds_of(candidate)
     return Cell(
         case=key[0],
@@ -274,25 +392,23 @@ def _cell(key: tuple[Case, str, Scope], base: Sequence[Record], candidate: Seque
     )
 
 
-def _uncompared(key: tuple[Case, str, Scope], old: Side, new: Side, reason: str) -> Uncompared:
+def _uncompared(key: Key, old: Side[Brief], new: Side[Brief], reason: str) -> Uncompared:
     return Uncompared(case=key[0], backend=key[1], scope=key[2], base=old.status, candidate=new.status, reason=reason)
 
 
-def _why(side: Side) -> str:
+def _why(side: Side[Brief]) -> str:
     """Why a side has no time to compare."""
     record = next((record for record in side.other if record.status != "ok"), side.other[0])
     if record.status != "ok":
         return record.reason
-    return "its time does not describe the kernel" if record.timing else "it has no time"
+    return "its time does not describe the kernel" if record.timed else "it has no time"
 
 
-def _meaning(record: Record) -> str:
-    timing = record.timing
-    assert timing is not None  # only timed records have a contract
-    return f"{timing.clock}, {timing.l2 or 'no'} L2, {record.contract_id}"
+def _meaning(brief: Brief) -> str:
+    return f"{brief.clock}, {brief.l2 or 'no'} L2, {brief.contract_id}"
 
 
-def _differences(old: Record, new: Record) -> dict[str, str]:
+def _differences(old: Brief, new: Brief) -> dict[str, str]:
     """What keeps two times from being compared: "device" or "contract" -> a sentence."""
     found = {}
     if old.device != new.device:
@@ -302,15 +418,15 @@ def _differences(old: Record, new: Record) -> dict[str, str]:
     return found
 
 
-def _contract_difference(old: Record, new: Record) -> str:
+def _contract_difference(old: Brief, new: Brief) -> str:
     if isinstance(old.contract, Contract) and isinstance(new.contract, Contract):
         mine, other = asdict(old.contract), asdict(new.contract)
         return ", ".join(f"{name} {mine[name]} / {other[name]}" for name in mine if mine[name] != other[name])
     return f"{_meaning(old)} / {_meaning(new)}"
 
 
-def _environment(run: Run) -> dict[str, str]:
-    device = run.manifest.device
+def _environment(manifest: Manifest, sensed: Sensed) -> dict[str, str]:
+    device = manifest.device
     told = {
         "device": device.name,
         "architecture": device.arch,
@@ -319,9 +435,12 @@ def _environment(run: Run) -> dict[str, str]:
         "SMs": str(device.num_sms),
         "highest clock": f"{device.clock_mhz} MHz",
     }
-    seen = [record.telemetry for record in run.records if record.telemetry]
-    if seen:
-        told["SM clock, median of rows"] = f"{median(row.sm_mhz[1] for row in seen):.0f} MHz"
-        told["memory clock"] = f"{median(row.mem_mhz for row in seen):.0f} MHz"
-        told["power limit"] = f"{median(row.power_limit_w for row in seen):.0f} W"
-    return told | {name: version for name, version in sorted({**device.versions, **run.manifest.versions}.items()) if version}
+    if sensed.sm_mhz:
+        told["SM clock, median of rows"] = f"{_middle(sensed.sm_mhz):.0f} MHz"
+        told["memory clock"] = f"{_middle(sensed.mem_mhz):.0f} MHz"
+        told["power limit"] = f"{_middle(sensed.power_limit_w):.0f} W"
+    return told | {name: version for name, version in sorted({**device.versions, **manifest.versions}.items()) if version}
+
+
+def _middle(values: Counter[float]) -> float:
+    return median(values.elements())

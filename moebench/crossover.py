@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
 
+from moebench.brief import Brief, briefs
 from moebench.case import Case, layer_of
-from moebench.compare import Rounds, ratio, rounds_of, usable
-from moebench.flags import doubts
+from moebench.compare import Rounds, ratio, rounds_of
 from moebench.record import Record, Scope
 
 Allowed = Callable[[str, Case, str], bool]  # backend, a case of the table, arch
@@ -90,34 +90,39 @@ class _Entry:
 
 
 def crossovers(records: Iterable[Record], allowed: Allowed | None = None) -> list[Crossover]:
-    """All of them, as one_by_one makes them."""
-    return list(one_by_one(records, allowed))
+    """All tables, in the order in which their layers come up."""
+    return [table for rows in spreads(briefs(records), allowed) for table in of_spread(rows)]
 
 
-def one_by_one(records: Iterable[Record], allowed: Allowed | None = None) -> Iterator[Crossover]:
-    """A table per activation format, then one over all where there are several; only of backends that are allowed.
-
-    A table in which a backend is alone is left out where others of that model, device and scope were measured against each other."""
-    families: dict[tuple[Case, str, str, Scope], list[Record]] = defaultdict(list)
+def spreads(records: Iterable[Brief], allowed: Allowed | None = None) -> list[list[Brief]]:
+    """What is of one layer, device and scope together; only of backends that are allowed."""
+    found: dict[tuple[Case, str, str, Scope], list[Brief]] = defaultdict(list)
     blanks: dict[tuple[str | int, ...], Case] = {}
     for record in records:
         layer = layer_of(record.case)
         if layer not in blanks:
-            blanks[layer] = replace(record.case, num_tokens=0, ep_rank=0, tp_rank=0)
+            blanks[layer] = _blank(record.case)
         blank = blanks[layer]
         if allowed is None or allowed(record.backend, blank, record.arch):
-            families[blank, record.arch, record.device, record.scope].append(record)
-    for (case, arch, device, scope), rows in families.items():
-        contracts = dict.fromkeys(record.contract_id for record in rows if usable(record))
-        tables = [table for contract_id in contracts for table in _tables(case, arch, device, scope, contract_id, rows)]
-        contested = [table for table in tables if len(_backends(table)) > 1]
-        formats = {table.act_dtype for table in contested}
-        yield from (table for table in tables if table in contested or table.act_dtype not in formats)
+            found[blank, record.arch, record.device, record.scope].append(record)
+    return list(found.values())
 
 
-def _tables(case: Case, arch: str, device: str, scope: Scope, contract_id: str, rows: Sequence[Record]) -> list[Crossover]:
+def of_spread(rows: Sequence[Brief]) -> list[Crossover]:
+    """A table per activation format, then one over all where there are several.
+
+    A table in which a backend is alone is left out where others of that model, device and scope were measured against each other."""
+    contracts = dict.fromkeys(record.contract_id for record in rows if record.usable)
+    tables = [table for contract_id in contracts for table in _tables(contract_id, rows)]
+    contested = [table for table in tables if len(_backends(table)) > 1]
+    formats = {table.act_dtype for table in contested}
+    return [table for table in tables if table in contested or table.act_dtype not in formats]
+
+
+def _tables(contract_id: str, rows: Sequence[Brief]) -> list[Crossover]:
+    first = rows[0]
     here = [record for record in rows if record.contract_id in ("", contract_id)]
-    formats = list(dict.fromkeys(record.act_dtype for record in here if usable(record)))
+    formats = list(dict.fromkeys(record.act_dtype for record in here if record.usable))
     choices: list[str | None] = [*formats, *([None] if len(formats) > 1 else [])]
     tables = []
     for act_dtype in choices:
@@ -129,10 +134,10 @@ def _tables(case: Case, arch: str, device: str, scope: Scope, contract_id: str, 
         dtypes = {record.backend: record.act_dtype for record in chosen}
         tables.append(
             Crossover(
-                case=case,
-                arch=arch,
-                device=device,
-                scope=scope,
+                case=_blank(first.case),
+                arch=first.arch,
+                device=first.device,
+                scope=first.scope,
                 contract_id=contract_id,
                 act_dtype=act_dtype,
                 num_ranks=num_ranks,
@@ -146,13 +151,17 @@ def _tables(case: Case, arch: str, device: str, scope: Scope, contract_id: str, 
     return tables
 
 
+def _blank(case: Case) -> Case:
+    return replace(case, num_tokens=0, ep_rank=0, tp_rank=0)
+
+
 def _backends(table: Crossover) -> set[str]:
     return {backend for row in table.measured for backend in row.times_us}
 
 
-def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[Excluded], int]:
+def _entries(records: Sequence[Brief]) -> tuple[dict[int, list[_Entry]], list[Excluded], int]:
     """What may win at each token count, what may not with its reason, and over how many ranks."""
-    points: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    points: dict[tuple[int, str], list[Brief]] = defaultdict(list)
     ranks: dict[int, set[tuple[int, int]]] = defaultdict(set)
     for record in records:
         points[record.case.num_tokens, record.backend].append(record)
@@ -161,9 +170,9 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     entries: dict[int, list[_Entry]] = defaultdict(list)
     excluded = []
     for (num_tokens, backend), rows in points.items():
-        by_rank: dict[tuple[int, int], list[Record]] = defaultdict(list)
+        by_rank: dict[tuple[int, int], list[Brief]] = defaultdict(list)
         for record in rows:
-            if usable(record) and not doubts(record):
+            if record.usable and not record.doubtful:
                 by_rank[record.case.tp_rank, record.case.ep_rank].append(record)
         if reason := _why_not(rows, len(by_rank), num_ranks):
             excluded.append(Excluded(backend=backend, num_tokens=num_tokens, reason=reason))
@@ -173,7 +182,7 @@ def _entries(records: Sequence[Record]) -> tuple[dict[int, list[_Entry]], list[E
     return entries, excluded, num_ranks
 
 
-def _why_not(rows: Sequence[Record], num_able: int, num_ranks: int) -> str:
+def _why_not(rows: Sequence[Brief], num_able: int, num_ranks: int) -> str:
     """Why a backend cannot win here; empty if it can. One bad round or rank is enough, a doubtful round is left out."""
     bad = next((record for record in rows if record.status != "ok"), None)
     if bad is not None:
@@ -183,7 +192,7 @@ def _why_not(rows: Sequence[Record], num_able: int, num_ranks: int) -> str:
     flags = dict.fromkeys(flag for record in rows for flag in record.flags)
     if flags:
         return f"flagged {', '.join(flags)}"
-    if not all(usable(record) for record in rows):
+    if not all(record.usable for record in rows):
         return "its time does not describe the kernel"
     return f"timed on {num_able} of {num_ranks} ranks"
 

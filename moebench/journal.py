@@ -124,11 +124,43 @@ def read_stretch(stretch: Stretch) -> Iterator[tuple[Record, bytes]]:
         for line in file:
             if offset >= stretch.end or not line.endswith(b"\n"):
                 break
-            try:
-                yield _parse(line, read), line[_start(line) : -1]
-            except _BadLine as error:
-                raise RecordError(str(error)) from None
+            yield _record(line, read), line[_start(line) : -1]
             offset += len(line)
+
+
+def read_some(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tuple[int, Record]]:
+    """Those of a run's records whose lines are wanted, each with the place of its line's first byte. A cut-off last line is left out.
+
+    Raises RecordError, which load_run does with a sentence."""
+    read = reader()
+    offset = 0
+    for line in _lines(path / JOURNAL):
+        if line.endswith(b"\n") and wanted(line):
+            yield offset, _record(line, read)
+        offset += len(line)
+
+
+def read_at(path: Path, offsets: Iterable[int]) -> list[Record]:
+    """The records at places that read_some gave."""
+    read = reader()
+    found = []
+    with (path / JOURNAL).open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            found.append(_record(file.readline(), read))
+    return found
+
+
+def lines_around(path: Path, count: int) -> Iterator[bytes]:
+    """Some lines of a run's journal, from all over it."""
+    whole = whole_journal(path)
+    if whole.end:
+        with (path / JOURNAL).open("rb") as file:
+            for number in range(count):
+                file.seek(number * whole.end // count)
+                if number:
+                    file.readline()
+                yield file.readline()
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -316,6 +348,14 @@ def _parse(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> 
     if record is not None and _is_sound(record, plain):
         return record
     return _parse_slowly(bytes(body), plain)
+
+
+def _record(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> Record:
+    """For those who leave the sentence about a bad one to load_run."""
+    try:
+        return _parse(line, read)
+    except _BadLine as error:
+        raise RecordError(str(error)) from None
 
 
 def _start(line: bytes) -> int:

@@ -270,6 +270,12 @@ class Record:
         return self.timing.median_us if self.timing else None
 
     @property
+    def usable(self) -> bool:
+        """Whether its time says how fast the kernel is."""
+        timing = self.timing
+        return self.status == "ok" and timing is not None and timing.comparable and timing.least_us > 0
+
+    @property
     def contract_id(self) -> str:
         """What the time means, as a name; empty where there is no time."""
         if self.timing is None:

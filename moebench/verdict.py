@@ -13,14 +13,13 @@ from typing import Literal
 import numpy as np
 
 from moebench.case import Case
-from moebench.compare import Side, sides
+from moebench.compare import Key, Side, sides
 from moebench.flags import FLAGS, at_power_limit, clocks_are_set, doubts
 from moebench.gate import Effects, Findings, Floats, Outcome, Rule, find, floors, of_rounds, rounds_needed
 from moebench.journal import Run, merge
 from moebench.record import Canary, Record, Scope, Status
 
 Answer = Literal["pass", "fail", "none"]
-Key = tuple[Case, str, Scope]
 
 ERROR_FACTOR = 2.0  # of the relative L2 error: more is another class of numerics; a tile shape or a summation order changes it by less
 ERROR_SHARE = 0.05  # of its tolerance, below which an error may grow
@@ -133,8 +132,9 @@ def judge(
     again = sides(_finished(control)) if control else {}
     exact: list[Verdict] = []
     pairs: list[_Pair] = []
+    nothing: Side[Record] = Side()
     for key in dict.fromkeys([*old, *new]):
-        verdict, pair = _match(key, old.get(key, Side()), new.get(key, Side()), again.get(key, Side()), options)
+        verdict, pair = _match(key, old.get(key, nothing), new.get(key, nothing), again.get(key, nothing), options)
         exact += [verdict] if verdict else []
         pairs += [pair] if pair else []
     reasons += _restless(pairs, options.rule)
@@ -248,7 +248,7 @@ class _Pair:
         return doubts(row) - self.allowed_flags
 
 
-def _match(key: Key, old: Side, new: Side, again: Side, options: Options) -> tuple[Verdict | None, _Pair | None]:
+def _match(key: Key, old: Side[Record], new: Side[Record], again: Side[Record], options: Options) -> tuple[Verdict | None, _Pair | None]:
     """What is certain without statistics, or the rows for them, or neither: nothing was measured on either side."""
     case, backend, scope = key
     worse = _worse(old, new)
@@ -494,7 +494,7 @@ def _unfit(base: Run, candidate: Run, records: tuple[list[Record], list[Record]]
     return found
 
 
-def _worse(old: Side, new: Side) -> str:
+def _worse(old: Side[Record], new: Side[Record]) -> str:
     """A status of the candidate that the base does not have in any round, as a sentence."""
     fine: set[Status] = {"ok", "skipped"} if not old.timed else {"ok"}
     known = {record.status for record in old.other} | fine
@@ -508,11 +508,11 @@ def _worse(old: Side, new: Side) -> str:
     return f"{bad[0].status} in {rounds} of {rounds + _timed_rounds(new)} rounds, which the base never was: {bad[0].reason}"
 
 
-def _timed_rounds(side: Side) -> int:
+def _timed_rounds(side: Side[Record]) -> int:
     return len({record.round for rows in side.timed.values() for record in rows})
 
 
-def _why(side: Side) -> str:
+def _why(side: Side[Record]) -> str:
     if side.status is None:
         return "it has no such row"
     row = next((record for record in side.other if record.status != "ok"), side.other[0])
@@ -521,7 +521,7 @@ def _why(side: Side) -> str:
     return f"{row.status}: {row.reason}" if row.reason else row.status
 
 
-def _meanings(old: Side, new: Side) -> str:
+def _meanings(old: Side[Record], new: Side[Record]) -> str:
     told = []
     for side in (old, new):
         told.append(" and ".join(f"{device} under contract {contract}" for device, contract in side.timed))

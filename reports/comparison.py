@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.case import Case
-from moebench.compare import Cell, Comparison, Difference, Uncompared
+from moebench.compare import Cell, Comparison, Difference, Tally, Uncompared
 from moebench.record import Scope
 from moebench.reports.text import clean, count, escape, us
 
@@ -43,9 +43,9 @@ def table(comparison: Comparison, environment: Sequence[Difference], names: tupl
         parts += [Text("same device, driver and versions", style="dim"), Text()]
     parts += [Text(f"compared across: {clean(sentence)}", style="yellow") for sentence in comparison.across]
     if comparison.cells:
-        parts.append(_cells(comparison.cells[:CELLS]))
-        parts += [_more(len(comparison.cells) - CELLS)] if len(comparison.cells) > CELLS else []
-        parts += [*(Text(line, style="dim") for line in _legend(comparison.cells)), Text()]
+        parts.append(_cells(comparison.cells[:CELLS], comparison.tally))
+        parts += [_more(comparison.tally.cells - CELLS)] if comparison.tally.cells > CELLS else []
+        parts += [*(Text(line, style="dim") for line in _legend(comparison.tally)), Text()]
     parts += [part for title, found in _uncompared(comparison) for part in _listed(title, found, _common_model(comparison))]
     return Group(*parts, Text(_counts(comparison)))
 
@@ -77,7 +77,7 @@ def markdown(comparison: Comparison, environment: Sequence[Difference], names: t
             )
             for cell in comparison.cells
         )
-        blocks += ["## Cells", _rows(head, rows, right=(2, 3, 4)), "\n".join(f"- {escape(line)}" for line in _legend(comparison.cells))]
+        blocks += ["## Cells", _rows(head, rows, right=(2, 3, 4)), "\n".join(f"- {escape(line)}" for line in _legend(comparison.tally))]
     for title, found in _uncompared(comparison):
         lines = ((_label(row.case, row.scope, None), row.backend, row.base or "", row.candidate or "", row.reason) for row in found)
         blocks += [f"## {title}", _rows(("case", "backend", "base", "candidate", "why"), lines)]
@@ -116,9 +116,9 @@ def _cell_json(cell: Cell) -> dict[str, object]:
     }
 
 
-def _cells(cells: Sequence[Cell]) -> Table:
+def _cells(cells: Sequence[Cell], tally: Tally) -> Table:
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    model = _model(cell.case for cell in cells)
+    model = tally.models[0] if len(tally.models) == 1 else None
     across = any(cell.across for cell in cells)
     shown.add_column(model or "case", overflow="fold")
     shown.add_column("backend", overflow="fold")
@@ -150,21 +150,20 @@ def _interval(cell: Cell) -> str:
     return "none" if found.low is None or found.high is None else f"{found.low:.3f}-{found.high:.3f}"
 
 
-def _legend(cells: Sequence[Cell]) -> Iterator[str]:
+def _legend(tally: Tally) -> Iterator[str]:
     """Explains what was used, nothing else."""
-    single = sum(cell.ratio.within_process for cell in cells)
     yield "ratio: candidate over base, below 1 the candidate is faster; decided ones first, the largest change first"
-    if any(cell.ratio.low is not None and not cell.ratio.decided for cell in cells):
+    if tally.ties:
         yield f"{TIE} the 95 % interval includes 1"
-    if any(cell.ratio.low is None for cell in cells):
+    if tally.unknown:
         yield f"{NO_INTERVAL} too few samples for an interval"
-    if flags := dict.fromkeys(flag for cell in cells for flag in cell.flags):
-        yield f"{FLAGGED} a time is in doubt: {clean(', '.join(flags))}"
-    if single:
-        which = "" if single == len(cells) else f"{count(single, 'cell')}: "
+    if tally.flags:
+        yield f"{FLAGGED} a time is in doubt: {clean(', '.join(tally.flags))}"
+    if tally.within_process:
+        which = "" if tally.within_process == tally.cells else f"{count(tally.within_process, 'cell')}: "
         yield f"{which}one round on a side, so intervals are within one process; fresh processes differ by more (sweep --rounds)"
-    if len(cells) >= 20:
-        yield f"by chance alone about {len(cells) * 0.05:.0f} of {len(cells)} intervals exclude 1 where nothing changed"
+    if tally.cells >= 20:
+        yield f"by chance alone about {tally.cells * 0.05:.0f} of {tally.cells} intervals exclude 1 where nothing changed"
 
 
 def _uncompared(comparison: Comparison) -> Iterator[tuple[str, tuple[Uncompared, ...]]]:
@@ -192,10 +191,8 @@ def _more(number: int) -> Text:
 
 
 def _counts(comparison: Comparison) -> str:
-    cells = comparison.cells
-    faster = sum(cell.ratio.decided and cell.ratio.value < 1 for cell in cells)
-    slower = sum(cell.ratio.decided and cell.ratio.value > 1 for cell in cells)
-    told = f"{count(len(cells), 'cell')}: {faster} faster, {slower} slower, {len(cells) - faster - slower} undecided"
+    tally = comparison.tally
+    told = f"{count(tally.cells, 'cell')}: {tally.faster} faster, {tally.slower} slower, {tally.undecided} undecided"
     left = len(comparison.changed) + len(comparison.mismatched) + len(comparison.alone)
     return f"{told}; {left} not compared." if left else f"{told}."
 
@@ -206,14 +203,9 @@ def _label(case: Case, scope: Scope, model: str | None) -> str:
     return label if scope == "experts" else f"{label} {scope}"
 
 
-def _model(cases: Iterable[Case]) -> str | None:
-    names = {case.model for case in cases}
-    return names.pop() if len(names) == 1 else None
-
-
 def _common_model(comparison: Comparison) -> str | None:
-    uncompared = (row.case for _, found in _uncompared(comparison) for row in found)
-    return _model([*(cell.case for cell in comparison.cells), *uncompared])
+    names = {*comparison.tally.models, *(row.case.model for _, found in _uncompared(comparison) for row in found)}
+    return names.pop() if len(names) == 1 else None
 
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[str]], right: tuple[int, ...] = ()) -> str:

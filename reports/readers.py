@@ -7,7 +7,6 @@ reads the runs in one piece, which says what is wrong."""
 from __future__ import annotations
 
 import os
-import signal
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moebench.forked import Forked, processes_for
 from moebench.journal import Stretch, read_stretch
 from moebench.record import Record
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 # What becomes of a record, and of the text that the journal has of it. Pieces that many records share are best one object.
 Tell = Callable[[Record, bytes], tuple[bytes, ...]]
-WORTH = 64 << 20  # bytes of journals from which several processes take less time than one
-SHARE = 16 << 20  # bytes for each, at least
 BUFFER = 1 << 20
 
 
@@ -59,52 +57,40 @@ class _Seen:
         self.last = record.time
 
 
-class _Reader:
-    """The parent's side of a process with a share of the journals."""
+class _Reader(Forked):
+    """A process with a share of the journals."""
 
     def __init__(self, share: Sequence[Stretch], table: Table) -> None:
         """Raises OSError where there is no room for one more process."""
-        from multiprocessing import get_context  # 30 ms, which small journals need not wait for
-
-        context = get_context("fork")  # what is imported need not be again, and hashes of strings stay the same
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(share, table, self._pipe, theirs), daemon=True)
-        self._process.start()
-        theirs.close()  # or its end would not be seen
+        super().__init__(lambda pipe: _serve(share, table, pipe))
 
     def seen(self) -> _Seen | None:
         """None where it did not get to its end."""
         try:
-            found: _Seen = self._pipe.recv()
+            found: _Seen = self.pipe.recv()
         except (EOFError, OSError):
             return None
         return found
 
     def write(self, out: Path, offset: int) -> None:
-        self._pipe.send((out, offset))
+        self.pipe.send((out, offset))
 
     def wait(self) -> None:
         """Until all is written. Raises OSError."""
         try:
-            error: OSError | None = self._pipe.recv()
+            error: OSError | None = self.pipe.recv()
         except EOFError:
             error = OSError(None, "a process that wrote a part of it has ended")
         if error is not None:
             raise error
-
-    def end(self) -> None:
-        self._process.kill()  # one that is done is past caring
-        self._process.join()
-        self._pipe.close()
 
 
 def write(journals: Sequence[Stretch], table: Table, out: Path) -> bool:
     """Whether it was written: not where it is not certain to be what a merge gives, and not where one process does as well.
 
     Raises OSError where it cannot be written."""
-    size = sum(one.end - one.start for one in journals)
-    processes = min(_cores(), size // SHARE)
-    if size < WORTH or processes < 2:
+    processes = processes_for(sum(one.end - one.start for one in journals))
+    if processes < 2:
         return False
     readers: list[_Reader] = []
     try:
@@ -133,11 +119,6 @@ def write(journals: Sequence[Stretch], table: Table, out: Path) -> bool:
     return True
 
 
-def _cores() -> int:
-    """That this process may use; 1 where that cannot be asked, as forking is no good idea there either."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
 def _shares(whole: Sequence[Stretch], number: int) -> list[list[Stretch]]:
     """As many bytes for each process, in order."""
     each = sum(one.end - one.start for one in whole) // number + 1
@@ -156,22 +137,17 @@ def _shares(whole: Sequence[Stretch], number: int) -> list[list[Stretch]]:
     return [share for share in shares if share]
 
 
-def _serve(share: Sequence[Stretch], table: Table, theirs: Connection, pipe: Connection) -> None:
+def _serve(share: Sequence[Stretch], table: Table, pipe: Connection) -> None:
     """What a process does with its share: tell all, say what it saw, and write when it is told where."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    theirs.close()  # else the end of a parent that was killed would not be seen
     seen, texts = _Seen(), []
-    try:
-        for stretch in share:
-            for record, text in read_stretch(stretch):
-                pieces = table.between, *table.tell(record, text)
-                seen.add(record)
-                seen.size += sum(map(len, pieces))
-                texts.append(pieces)
-        pipe.send(seen)
-        out, offset = pipe.recv()
-    except BaseException:  # noqa: BLE001  whoever asked reads all again and says what is wrong, or is gone
-        os._exit(1)
+    for stretch in share:
+        for record, text in read_stretch(stretch):
+            pieces = table.between, *table.tell(record, text)
+            seen.add(record)
+            seen.size += sum(map(len, pieces))
+            texts.append(pieces)
+    pipe.send(seen)
+    out, offset = pipe.recv()
     error = None
     try:
         with out.open("r+b", buffering=BUFFER) as file:

@@ -13,13 +13,15 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
-    {"case", "mx", "conform", "realized", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned"},
+    {"case", "mx", "conform", "realized", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned", "forked"},
     {"routing", "device", "compiled"},
     {"record", "problem"},
     {"lines"},
     {"journal", "plan", "failure", "timeline", "rotation", "router"},
-    {"backend", "child", "probe", "compare"},
+    {"backend", "child", "probe", "parts"},
     {"check", "timing", "trace", "roofline", "flags", "telemetry", "gate"},
+    {"brief"},
+    {"compare"},
     {"verdict", "crossover", "gate_simulation", "tuning"},
     {"reference", "kernels", "reports", "registry", "machine", "simulated", "baselines"},
     {"trial", "capture", "prebuild", "compiling", "calibrate", "doctor", "profile", "soak", "api", "ab"},
@@ -42,8 +44,10 @@ ONLY = {
             "crossover",
             "device",
             "flags",
+            "forked",
             "gate",
             "journal",
+            "parts",
             "realized",
             "record",
             "reports",
@@ -76,7 +80,7 @@ NEVER_TORCH = {
     ),
     *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
     *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
-    *("gate_check", "compiled", "cubin", "tuned", "tuning"),
+    *("gate_check", "compiled", "cubin", "tuned", "tuning", "forked", "parts", "brief"),
 }
 
 

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from moebench.brief import briefs
 from moebench.case import case
 from moebench.commands.compare import compare as command
-from moebench.compare import Rounds, compare, environment, student_t
+from moebench.compare import Sensed, compare, environment, rounds_of, student_t
 from moebench.compare import ratio as ratio_of
 from moebench.record import Contract, Telemetry
 from moebench.reports import comparison as pages
@@ -33,7 +34,8 @@ def screen(comparison, differences=(), width=80):
 
 def ratio(*sides):
     """Of the timings of base and candidate."""
-    return ratio_of(*(Rounds(timings=tuple(side), logs=tuple(log(t.median_us) for t in side)) for side in sides))
+    rows = ([replace(timed("a", 1, 1.0), timing=timing, round=number) for number, timing in enumerate(side)] for side in sides)
+    return ratio_of(*(rounds_of(list(briefs(side))) for side in rows))
 
 
 def called(*words):
@@ -208,7 +210,11 @@ def test_environment_lists_only_what_differs_and_clocks_from_telemetry():
         return timed("a", 1, 100.0, record={"telemetry": telemetry})
 
     other = replace(H200, driver="590.1", versions={"torch": "2.14.0"})
-    found = environment(run(seen(1980.0)), run(seen(1755.0), device=other))
+    runs = run(seen(1980.0)), run(seen(1755.0), device=other)
+    sensed = Sensed(), Sensed()
+    for one, told in zip(runs, sensed, strict=True):
+        told.add(one.records[0].telemetry)
+    found = environment((runs[0].manifest, sensed[0]), (runs[1].manifest, sensed[1]))
     assert [(d.what, d.base, d.candidate) for d in found] == [
         ("driver", "580.159.04", "590.1"),
         ("SM clock, median of rows", "1980 MHz", "1755 MHz"),
@@ -228,7 +234,7 @@ def test_the_table_fits_80_columns():
     rows = [timed(name, m, 10.0 * m) for name in names for m in (1, 16384)]
     lines = screen(compare(rows, rows)).splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[1] for line in lines if line.startswith("M=16384")] == list(names)
+    assert [line.split()[1] for line in lines if line.startswith("M=16384")] == sorted(names)
 
 
 def test_the_command_prints_json_with_numbers_in_full(tmp_path):

@@ -24,8 +24,9 @@ from tests.running import ENVIRONMENT, heed_interrupts
 SEVERAL = """
 import os, resource, sys
 from moebench.cli import main
+from moebench import forked
 from moebench.reports import readers
-readers.WORTH, readers.SHARE, several = 0, 1, readers.write
+forked.WORTH, forked.SHARE, several = 0, 1, readers.write
 os.sched_getaffinity = lambda process: {0, 1, 2}
 def write(journals, table, out):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

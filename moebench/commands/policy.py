@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from moebench import serving_flags
+from moebench.brief import placed_briefs
 from moebench.case import Case
 from moebench.commands.outcome import NO_VERDICT, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import kept, uncollected
-from moebench.crossover import crossovers, one_by_one
-from moebench.journal import load_run, merge
-from moebench.record import Record, RecordError
+from moebench.crossover import Crossover, of_spread, spreads
+from moebench.parts import Place, Placed, made_of
+from moebench.record import RecordError
 from moebench.reports import policy as pages
 from moebench.serving_flags import Server
 
@@ -34,50 +37,72 @@ def policy(runs: tuple[Path, ...], style: str, server_version: str | None) -> No
     With --format vllm or sglang: among the backends which that server has, and with its flags."""
     if server_version and style not in pages.NAMES:
         fail([f"--server-version {server_version}: only with --format vllm or sglang"], USAGE)
+    server: Server | None = "vllm" if style == "vllm" else "sglang" if style == "sglang" else None
+    version = server_version or serving_flags.versions(server)[-1] if server else ""
+    if server and version not in serving_flags.versions(server):
+        known = ", ".join(serving_flags.versions(server))
+        fail([f"no flag rather than a wrong one: {pages.NAMES[server]} {version} was not read; --server-version takes {known}"], NO_VERDICT)
     try:
-        loaded = kept([load_run(path) for path in runs])
+        parts, whole = made_of(runs, lambda placed: _found(placed, server, version, MOST_TABLES if style == "table" else None), keep=kept)
     except RecordError as error:
         fail([str(error)], UNREADABLE)
-    for run in loaded:
+    for run in whole.runs:
         if run.torn:
             click.echo(f"note: {run.path}: the journal's last line was cut off and is left out", err=True)
-    records = merge(loaded)
-    server: Server | None = "vllm" if style == "vllm" else "sglang" if style == "sglang" else None
+    found = [table for _, tables in sorted((one for part in parts for one in part.tables), key=itemgetter(0)) for table in tables]
     if server:
-        _print_server(records, server, server_version or serving_flags.versions(server)[-1])
-        return
-    tables = one_by_one(records)
-    found = list(islice(tables, MOST_TABLES) if style == "table" else tables)
-    if not found:
+        _print_server(found, parts, server, version)
+    elif not found:
         fail(["no backend can win: no row is ok, timed and without flags"], NO_VERDICT)
-    if style == "json":
+    elif style == "json":
         click.echo(pages.to_json(found))
     elif style == "md":
         click.echo(pages.markdown(found), nl=False)
     else:
-        Console(highlight=False).print(pages.table(found))
-        if next(tables, None):
+        Console(highlight=False).print(pages.table(found[:MOST_TABLES]))
+        if len(found) > MOST_TABLES:
             click.echo(f"\nonly the first {MOST_TABLES} tables; --format md or json has all of them")
 
 
-def _print_server(records: list[Record], server: Server, version: str) -> None:
-    if version not in serving_flags.versions(server):
-        known = ", ".join(serving_flags.versions(server))
-        fail([f"no flag rather than a wrong one: {pages.NAMES[server]} {version} was not read; --server-version takes {known}"], NO_VERDICT)
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a part of the records says."""
+
+    tables: list[tuple[Place, list[Crossover]]]  # of a layer each, with where its first record is
+    timed: set[str]  # backends
+    tried: set[tuple[str, str, str, int]]  # backend, model, arch, EP size
+
+
+def _found(placed: Placed, server: Server | None, version: str, most: int | None) -> _Found:
+    """All tables, or a few more than `most`."""
 
     def allowed(backend: str, case: Case, arch: str) -> bool:
+        assert server is not None  # else it is not asked
         return bool(serving_flags.setting(server, version, backend, model=case.model, arch=arch, ep_size=case.ep_size).flags)
 
-    found = crossovers(records, allowed)
+    rows = placed_briefs(placed)
+    first = {id(row): place for place, row in rows}
+    tables: list[tuple[Place, list[Crossover]]] = []
+    for spread in spreads((row for _, row in rows), allowed if server else None):
+        tables.append((first[id(spread[0])], of_spread(spread)))
+        if most is not None and sum(len(found) for _, found in tables) > most:
+            break
+    return _Found(
+        tables=tables,
+        timed={row.backend for _, row in rows if row.timed},
+        tried={(row.backend, row.case.model, row.arch, row.case.ep_size) for _, row in rows},
+    )
+
+
+def _print_server(found: Sequence[Crossover], parts: Sequence[_Found], server: Server, version: str) -> None:
     if not found:
+        tried = sorted({one for part in parts for one in part.tried})
         why = {
-            record.backend: serving_flags.setting(
-                server, version, record.backend, model=record.case.model, arch=record.arch, ep_size=record.case.ep_size
-            ).why
-            for record in records
+            backend: serving_flags.setting(server, version, backend, model=model, arch=arch, ep_size=ep_size).why
+            for backend, model, arch, ep_size in tried
         }
         told = [f"{backend}: {reason}" for backend, reason in why.items() if reason]
         fail(["no flag to set: no backend that can win has one", *told], NO_VERDICT)
     shown = {backend for table in found for row in table.measured for backend in row.times_us}
-    left_out = sorted({record.backend for record in records if record.timing} - shown)
+    left_out = sorted({backend for part in parts for backend in part.timed} - shown)
     Console(highlight=False).print(pages.server_table(found, server, version, left_out))

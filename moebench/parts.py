@@ -1,0 +1,228 @@
+"""What is said of all records of some runs, by several processes where the journals are large.
+
+Each process has all records of its share of the layers, so one alone says what is said of a case, of two times beside each other, of a
+layer; what is said of all records has to add up. Where a line may be of any layer, or a record takes the place of another, and where
+anything is wrong, one process reads all in one piece, and says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from moebench.case import CASE_FIELDS, Case
+from moebench.forked import Forked, processes_for
+from moebench.journal import Run, is_torn, lines_around, load_manifest, load_run, merge, read_at, read_some, whole_journal
+from moebench.record import Manifest, Record, RecordError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+LOOKED_AT = 256  # lines from all over a journal
+ENOUGH = 4  # layers among them for each process; few layers would be few shares, of unlike sizes
+
+# In the order of a merge: a time, the run, and where in the run. Of records that are all in one process: "", the list, the index.
+Place = tuple[str, int, int]
+Placed = Iterable[tuple[Place, Record]]
+T = TypeVar("T")
+
+# The case as record.to_json writes it: its texts of the fields that make a layer are equal where the layers are.
+_CASE = re.compile(
+    rb'[0-9a-f]{8} \{"case":\{("model":"[^"\\]*"),"num_tokens":\d+,'
+    rb'("hidden_size":\d+,"intermediate_size":\d+,"num_experts":\d+,"top_k":\d+,"tp_size":\d+),"tp_rank":\d+,'
+    rb'("ep_size":\d+),"ep_rank":\d+,("routing":"[^"\\]*","seed":\d+)\}'
+)
+CASE = len(b'00000000 {"case":{')
+_values = attrgetter(*CASE_FIELDS)
+_TEXT = ",".join(f'"{name}":"%s"' if name in ("model", "routing") else f'"{name}":%s' for name in CASE_FIELDS)
+_Layer = tuple[bytes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """A run without its records."""
+
+    path: Path
+    manifest: Manifest
+    number: int  # of records, before a merge
+    schemas: tuple[str, ...]  # of those
+    torn: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """Runs that were read, by whomever."""
+
+    runs: tuple[RunFacts, ...]
+    at: Callable[[Iterable[Place]], list[Record]]  # the records at these places, in order
+
+
+@dataclass(kw_only=True)
+class _Share:
+    """What one process has read of one run."""
+
+    number: int = 0
+    schemas: set[str] = field(default_factory=set)
+
+
+def made_of(
+    paths: Sequence[Path], make: Callable[[Placed], T], *, apart: bool = False, keep: Callable[[list[Run]], list[Run]] = list
+) -> tuple[list[T], Whole]:
+    """What is made of each share of the records, merged; run by run where they are to stay apart, and then a place says of which it is.
+
+    `keep` is told of runs that are read in one piece. Raises RecordError."""
+    found = _made_by_several(paths, make, apart)
+    if found is not None:
+        return found
+    made, whole = made_here(keep([load_run(path) for path in paths]), make, apart=apart)
+    return [made], whole
+
+
+def made_here(runs: Sequence[Run], make: Callable[[Placed], T], *, apart: bool = False) -> tuple[T, Whole]:
+    """The same of runs that are in memory."""
+    merged = [merge([run]) for run in runs] if apart else [merge(runs)]
+    facts = [
+        RunFacts(
+            path=run.path,
+            manifest=run.manifest,
+            number=len(run.records),
+            schemas=tuple(sorted({record.schema for record in run.records})),
+            torn=run.torn,
+        )
+        for run in runs
+    ]
+    placed = ((("", which, index), record) for which, records in enumerate(merged) for index, record in enumerate(records))
+    return make(placed), Whole(runs=tuple(facts), at=lambda places: [merged[which][index] for _, which, index in sorted(places)])
+
+
+def _made_by_several(paths: Sequence[Path], make: Callable[[Placed], T], apart: bool) -> tuple[list[T], Whole] | None:
+    """None where one process does as well, and where something is wrong, which that one says."""
+    processes = processes_for(sum(whole_journal(path).end for path in paths))
+    if processes < 2:
+        return None
+    layers = {_layer(line) for path in paths for line in lines_around(path, LOOKED_AT)}
+    processes = min(processes, len(layers) // ENOUGH)
+    if processes < 2 or None in layers:
+        return None
+    manifests = [load_manifest(path) for path in paths]
+    readers: list[Forked] = []
+    try:
+        for number in range(processes):
+            try:
+                readers.append(Forked(partial(_read_and_make, paths, number, processes, make, apart)))
+            except OSError:
+                return None
+        found: list[tuple[T, list[_Share]]] = []
+        for one in readers:
+            try:
+                found.append(one.pipe.recv())
+            except (EOFError, OSError):
+                return None
+    finally:
+        for one in readers:
+            one.end()
+    shares = list(zip(*(shares for _, shares in found), strict=True))
+    facts = [
+        RunFacts(
+            path=path,
+            manifest=manifest,
+            number=sum(share.number for share in shared),
+            schemas=tuple(sorted({schema for share in shared for schema in share.schemas})),
+            torn=is_torn(whole_journal(path)),
+        )
+        for path, manifest, shared in zip(paths, manifests, shares, strict=True)
+    ]
+    return [made for made, _ in found], Whole(runs=tuple(facts), at=partial(_read_again, paths))
+
+
+def _read_and_make(paths: Sequence[Path], number: int, processes: int, make: Callable[[Placed], T], apart: bool, pipe: Connection) -> None:
+    """All processes see all lines, so that they agree about whose each is, and read their own."""
+    shares = [_Share() for _ in paths]
+    pipe.send((make(_mine(paths, number, processes, apart, shares)), shares))
+    os._exit(0)  # without taking apart what was made
+
+
+def _mine(paths: Sequence[Path], number: int, processes: int, apart: bool, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record]]:
+    """Raises RecordError where it is not certain that all are as a merge leaves them, and no other process has one of their layers."""
+    dealer = _Dealer(number, processes)
+    seen = _Seen()
+    for which, path in enumerate(paths):
+        share = shares[which]
+        for offset, record in read_some(path, dealer.is_mine):
+            dealer.check(record.case)
+            seen.add(record)
+            share.number += 1
+            share.schemas.add(record.schema)
+            yield (record.time, which, offset), record
+        if apart:
+            seen = _Seen()
+
+
+class _Dealer:
+    """Gives each process the layers that are its, by the text of a line's case alone."""
+
+    def __init__(self, number: int, processes: int) -> None:
+        self._number, self._processes = number, processes
+        self._order: dict[_Layer, int] = {}
+        self._whose: dict[bytes, int] = {}  # text of a case -> process; one takes 0.2 us to look up and 3 to match
+        self._cases: dict[bytes, Case] = {}
+        self._latest = b""
+
+    def is_mine(self, line: bytes) -> bool:
+        """Raises RecordError where that cannot be said."""
+        text = self._latest = line[CASE : line.find(b"}", CASE)]
+        whose = self._whose.get(text)
+        if whose is None:
+            layer = _layer(line)
+            if layer is None:
+                raise RecordError("a line may be of any layer")
+            whose = self._whose[text] = self._order.setdefault(layer, len(self._order)) % self._processes
+        return whose == self._number
+
+    def check(self, case: Case) -> None:
+        """That the latest line is of the case that its text seems to have; it may have two, and then the last one counts."""
+        known = self._cases.get(self._latest)
+        if case is not known:  # cases of equal texts are most often one object
+            if _TEXT % _values(case) != self._latest.decode():
+                raise RecordError("a line is of another case than it seems")
+            self._cases[self._latest] = case
+
+
+class _Seen:
+    """Of the records of a merge, what says whether one takes the place of another. Equal hashes may be of one cell or of two."""
+
+    def __init__(self) -> None:
+        self._contracts: dict[int, tuple[str, ...]] = {}
+        self._skipped: set[int] = set()
+        self._tried: set[int] = set()
+
+    def add(self, record: Record) -> None:
+        """Raises RecordError where it does."""
+        what = record.case, record.backend, record.arch
+        cell, contract = hash((*what, record.scope, record.round)), record.contract_id
+        others = self._contracts.get(cell, ())
+        if others and (not contract or "" in others or contract in others):
+            raise RecordError("a record takes the place of another")
+        self._contracts[cell] = (*others, contract)
+        here, there = (self._skipped, self._tried) if record.status == "skipped" else (self._tried, self._skipped)
+        point = hash(what)
+        here.add(point)
+        if point in there:
+            raise RecordError("a record takes the place of a skip")
+
+
+def _layer(line: bytes) -> _Layer | None:
+    """None where that is not certain before the whole line was read."""
+    found = _CASE.match(line)
+    return found.groups() if found else None
+
+
+def _read_again(paths: Sequence[Path], places: Iterable[Place]) -> list[Record]:
+    ordered = sorted(places)
+    found = [iter(read_at(path, [offset for _, here, offset in ordered if here == which])) for which, path in enumerate(paths)]
+    return [next(found[which]) for _, which, _ in ordered]
