@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
-from functools import cached_property
 from operator import attrgetter
+
+from moebench.once import once
 
 BLOCK = 32  # elements along K that share one E8M0 scale; tensor-parallel shards are multiples of it
 
@@ -99,7 +100,7 @@ class Case:
     def __hash__(self) -> int:
         return self._hash
 
-    @cached_property
+    @once
     def _hash(self) -> int:
         """Computed once: the gate alone asks for it four times a record."""
         return hash(_values(self))

@@ -128,16 +128,24 @@ def read_stretch(stretch: Stretch) -> Iterator[tuple[Record, bytes]]:
             offset += len(line)
 
 
-def read_some(path: Path, wanted: Callable[[bytes], bool]) -> Iterator[tuple[int, Record]]:
-    """Those of a run's records whose lines are wanted, each with the place of its line's first byte. A cut-off last line is left out.
+def read_some(path: Path, wanted: Callable[[bytes, int], bool]) -> Iterator[tuple[int, Record]]:
+    """Those of a run's records whose lines are wanted, each with the place of its first byte. `wanted` is given bytes and where in them a
+    line begins. A cut-off last line is left out.
 
     Raises RecordError, which load_run does with a sentence."""
+    fd = _open(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=True)
+    if fd is None:
+        return
     read = reader()
-    offset = 0
-    for line in _lines(path / JOURNAL):
-        if line.endswith(b"\n") and wanted(line):
-            yield offset, _record(line, read)
-        offset += len(line)
+    offset, rest = 0, b""  # of the chunk's first byte; of a line that is not yet whole
+    with os.fdopen(fd, "rb"):
+        for chunk in _chunks(fd, JOURNAL_BYTES_LIMIT, 1 << 20):
+            text, begin = rest + chunk, 0
+            while (end := text.find(b"\n", begin)) >= 0:
+                if wanted(text, begin):
+                    yield offset + begin, _record(text[begin : end + 1], read)
+                begin = end + 1
+            offset, rest = offset + begin, text[begin:]
 
 
 def read_at(path: Path, offsets: Iterable[int]) -> list[Record]:
@@ -152,7 +160,7 @@ def read_at(path: Path, offsets: Iterable[int]) -> list[Record]:
 
 
 def lines_around(path: Path, count: int) -> Iterator[bytes]:
-    """Some lines of a run's journal, from all over it."""
+    """At most so many whole lines of a run's journal, from all over it."""
     whole = whole_journal(path)
     if whole.end:
         with (path / JOURNAL).open("rb") as file:
@@ -160,7 +168,8 @@ def lines_around(path: Path, count: int) -> Iterator[bytes]:
                 file.seek(number * whole.end // count)
                 if number:
                     file.readline()
-                yield file.readline()
+                if (line := file.readline()).endswith(b"\n"):
+                    yield line
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -480,8 +489,8 @@ def _open(path: Path, limit: int, missing: bool) -> int | None:
     return fd
 
 
-def _chunks(fd: int, limit: int) -> Iterator[bytes]:
+def _chunks(fd: int, limit: int, size: int = 1 << 24) -> Iterator[bytes]:
     left = limit
-    while left > 0 and (chunk := os.read(fd, min(left, 1 << 24))):
+    while left > 0 and (chunk := os.read(fd, min(left, size))):
         left -= len(chunk)
         yield chunk

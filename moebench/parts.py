@@ -96,8 +96,13 @@ def made_here(runs: Sequence[Run], make: Callable[[Placed], T], *, apart: bool =
         )
         for run in runs
     ]
-    placed = ((("", which, index), record) for which, records in enumerate(merged) for index, record in enumerate(records))
+    placed = (one for which, records in enumerate(merged) for one in in_memory(records, which))
     return make(placed), Whole(runs=tuple(facts), at=lambda places: [merged[which][index] for _, which, index in sorted(places)])
+
+
+def in_memory(records: Iterable[Record], which: int = 0) -> Placed:
+    """Records that were merged."""
+    return ((("", which, index), record) for index, record in enumerate(records))
 
 
 def _made_by_several(paths: Sequence[Path], make: Callable[[Placed], T], apart: bool) -> tuple[list[T], Whole] | None:
@@ -154,8 +159,7 @@ def _mine(paths: Sequence[Path], number: int, processes: int, apart: bool, share
     for which, path in enumerate(paths):
         share = shares[which]
         for offset, record in read_some(path, dealer.is_mine):
-            dealer.check(record.case)
-            seen.add(record)
+            seen.add(dealer.number_of(record.case), record)
             share.number += 1
             share.schemas.add(record.schema)
             yield (record.time, which, offset), record
@@ -169,56 +173,64 @@ class _Dealer:
     def __init__(self, number: int, processes: int) -> None:
         self._number, self._processes = number, processes
         self._order: dict[_Layer, int] = {}
-        self._whose: dict[bytes, int] = {}  # text of a case -> process; one takes 0.2 us to look up and 3 to match
-        self._cases: dict[bytes, Case] = {}
+        self._whose: dict[bytes, int] = {}  # text of a case -> process; to look one up takes a tenth of matching it
+        self._cases: dict[bytes, tuple[int, Case]] = {}
         self._latest = b""
 
-    def is_mine(self, line: bytes) -> bool:
-        """Raises RecordError where that cannot be said."""
-        text = self._latest = line[CASE : line.find(b"}", CASE)]
-        whose = self._whose.get(text)
+    def is_mine(self, text: bytes, begin: int) -> bool:
+        """Whether the line that begins there is. Raises RecordError where that cannot be said."""
+        begin += CASE
+        case = text[begin : text.find(b"}", begin)]
+        whose = self._whose.get(case)
         if whose is None:
-            layer = _layer(line)
+            layer = _layer(text, begin - CASE)
             if layer is None:
                 raise RecordError("a line may be of any layer")
-            whose = self._whose[text] = self._order.setdefault(layer, len(self._order)) % self._processes
+            whose = self._whose[case] = self._order.setdefault(layer, len(self._order)) % self._processes
+        self._latest = case
         return whose == self._number
 
-    def check(self, case: Case) -> None:
-        """That the latest line is of the case that its text seems to have; it may have two, and then the last one counts."""
+    def number_of(self, case: Case) -> int:
+        """The same for equal cases. Raises RecordError where the latest line is of another case than its text seems to have: it may have
+        two, and then the last one counts."""
         known = self._cases.get(self._latest)
-        if case is not known:  # cases of equal texts are most often one object
+        if known is None:
+            known = self._cases[self._latest] = len(self._cases), case
             if _TEXT % _values(case) != self._latest.decode():
                 raise RecordError("a line is of another case than it seems")
-            self._cases[self._latest] = case
+        elif case is not known[1] and case != known[1]:  # most often it is one object
+            raise RecordError("a line is of another case than it seems")
+        return known[0]
 
 
 class _Seen:
-    """Of the records of a merge, what says whether one takes the place of another. Equal hashes may be of one cell or of two."""
+    """Of the records of a merge, what says whether one takes the place of another."""
 
     def __init__(self) -> None:
-        self._contracts: dict[int, tuple[str, ...]] = {}
-        self._skipped: set[int] = set()
-        self._tried: set[int] = set()
+        self._contracts: dict[tuple[int, str, str, str, int], tuple[str, ...]] = {}
+        self._skipped: set[tuple[int, str, str]] = set()
+        self._tried: set[tuple[int, str, str]] = set()
 
-    def add(self, record: Record) -> None:
+    def add(self, case: int, record: Record) -> None:
         """Raises RecordError where it does."""
-        what = record.case, record.backend, record.arch
-        cell, contract = hash((*what, record.scope, record.round)), record.contract_id
-        others = self._contracts.get(cell, ())
-        if others and (not contract or "" in others or contract in others):
+        point, contract = (case, record.backend, record.arch), record.contract_id
+        cell = *point, record.scope, record.round
+        others = self._contracts.get(cell)
+        if others is None:
+            self._contracts[cell] = (contract,)
+        elif not contract or "" in others or contract in others:
             raise RecordError("a record takes the place of another")
-        self._contracts[cell] = (*others, contract)
+        else:
+            self._contracts[cell] = (*others, contract)
         here, there = (self._skipped, self._tried) if record.status == "skipped" else (self._tried, self._skipped)
-        point = hash(what)
         here.add(point)
         if point in there:
             raise RecordError("a record takes the place of a skip")
 
 
-def _layer(line: bytes) -> _Layer | None:
-    """None where that is not certain before the whole line was read."""
-    found = _CASE.match(line)
+def _layer(text: bytes, begin: int = 0) -> _Layer | None:
+    """Of the line that begins there; None where that is not certain before the whole line was read."""
+    found = _CASE.match(text, begin)
     return found.groups() if found else None
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, cached_property
+from functools import cache
 from math import dist, inf
 from typing import Literal, TypeVar, get_args
 
 from moebench.case import Case
 from moebench.device import Device
+from moebench.once import once
 from moebench.realized import Realized
 
 # Schema history; a newer major is not readable by older code.
@@ -107,7 +108,7 @@ class Timing:
     window_s: tuple[float, float] | None = None  # when it was taken, on this machine's monotonic clock
     stages_us: dict[str, float] = field(default_factory=dict)  # scope layer: route, prepare, experts, finalize
 
-    @cached_property
+    @once
     def _ordered_us(self) -> list[float]:
         """Sorted once for median, quartiles and interval: 6 us for 60 samples, of 30 that a row of a table takes."""
         return sorted(self.samples_us)
@@ -116,7 +117,7 @@ class Timing:
     def least_us(self) -> float:
         return self._ordered_us[0]
 
-    @cached_property  # reports and the gate ask for it again and again
+    @once  # reports and the gate ask for it again and again
     def median_us(self) -> float:
         ordered, middle = self._ordered_us, len(self.samples_us) // 2
         return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
@@ -152,7 +153,7 @@ class Timing:
         """Whether sampling ended by number or by time before the median was known well. Its interval says how well."""
         return self.stop_reason in ("max_samples", "max_s") and self.half_width > MEDIAN_HALF_WIDTH
 
-    @cached_property  # that of the fastest is compared with all others'
+    @once  # that of the fastest is compared with all others'
     def interval_us(self) -> tuple[float, float]:
         """95 % interval of the median from order statistics, wider where neighbouring samples resemble each other."""
         ordered = self._ordered_us
@@ -176,7 +177,7 @@ class Contract:
     rank_aggregate: str  # how the ranks of an expert-parallel group become one number
     reference: str  # what decides that the output is right
 
-    @cached_property  # records read from one journal share their contracts
+    @once  # records read from one journal share their contracts
     def id(self) -> str:
         content = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]

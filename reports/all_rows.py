@@ -11,15 +11,14 @@ from moebench.reports.markup import Child, Html, join, tag
 from moebench.reports.reproduce import command
 from moebench.reports.text import count, percent, slug, us
 
-MOST_ROWS = 3000  # 2.4 MB, which a browser lays out within a second
 WORDS = frozenset(("backend", "layer", "rank", "status", "limit", "doubts", "contract", "do it again"))
 
 
-def all_rows(records: Sequence[Record]) -> list[Html]:
-    """Columns that would be empty are left out. Without a script the table is as complete, in the order of the journal."""
-    if not records:
+def all_rows(kept: Sequence[Record], number: int) -> list[Html]:
+    """Of so many rows, those that are kept. Columns that would be empty are left out. Without a script the table is as complete, in the
+    order of the journal."""
+    if not kept:
         return []
-    kept = records[:MOST_ROWS]
     columns = ["backend", "layer", "tokens"]
     columns += ["rank"] if any(record.case.ep_size * record.case.tp_size > 1 for record in kept) else []
     columns += ["status", "us a call", "95 % interval"]
@@ -38,8 +37,8 @@ def all_rows(records: Sequence[Record]) -> list[Html]:
         id="all-rows",
     )
     blocks = [_filters(kept), tag("div", inner, class_="scroll", role="region", aria_label="All rows", tabindex=0)]
-    if len(records) > len(kept):
-        told = f"The first {len(kept)} of {len(records)} rows; {WHERE_ALL_ARE}."
+    if number > len(kept):
+        told = f"The first {len(kept)} of {number} rows; {WHERE_ALL_ARE}."
         blocks.append(tag("p", told, class_="note"))
     return blocks
 

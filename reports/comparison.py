@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moebench.case import Case
+from moebench.case import CASE_FIELDS, Case
 from moebench.compare import Cell, Comparison, Difference, Tally, Uncompared
 from moebench.record import Scope
 from moebench.reports.text import clean, count, escape, us
@@ -105,7 +105,7 @@ def _cell_json(cell: Cell) -> dict[str, object]:
     found = cell.ratio
     return {
         **vars(cell),
-        "case": vars(cell.case),
+        "case": {name: getattr(cell.case, name) for name in CASE_FIELDS},  # vars would have its hash as well
         "label": cell.case.label,
         "ratio": found.value,
         "ratio_low": found.low,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moebench.record import Record
 from moebench.reports.answer import contested, sentence, wins
+from moebench.reports.digest import overview_of_records
 from moebench.reports.drawing import (
     Axis,
     End,
@@ -31,8 +32,8 @@ from moebench.reports.drawing import (
     write,
 )
 from moebench.reports.grid import Family, Grid, Point
-from moebench.reports.layers import Layers, layers
 from moebench.reports.ranks import Imbalance, balancedness, imbalances
+from moebench.reports.sums import Shares
 from moebench.reports.text import clean, label, listed, percent, ratio, slug, us
 
 MOST_MAP_ROWS = 12  # layers; a cell has a text, and more rows than these nobody reads
@@ -42,7 +43,6 @@ MOST_MAP_ROWS = 12  # layers; a cell has a text, and more rows than these nobody
 class Album:
     """Every figure of a set of records, beside what it is of."""
 
-    layers: Layers
     grids: tuple[tuple[Family, Grid, tuple[Figure, ...]], ...]  # of the layers that are shown
     ranks: tuple[tuple[Imbalance, tuple[Figure, ...]], ...]
     maps: tuple[Figure, ...]
@@ -63,9 +63,14 @@ class Album:
 
 
 def album(records: Sequence[Record], baseline: str | None = None) -> Album:
+    """Of records that were merged."""
+    found = overview_of_records(records)
+    return album_of(found.layers.shown, found.digest.shares, baseline)
+
+
+def album_of(shown: Sequence[Family], shares: Mapping[str, Shares], baseline: str | None = None) -> Album:
     """Nothing is drawn yet. Speed-ups are over the baseline where it counts."""
-    found_layers = layers(records)
-    groups = [(family, grid) for family in found_layers.shown for grid in family.grids()]
+    groups = [(family, grid) for family in shown for grid in family.grids()]
     used: Counter[str] = Counter()
     grids = []
     for family, grid in groups:
@@ -73,9 +78,7 @@ def album(records: Sequence[Record], baseline: str | None = None) -> Album:
         used[name] += 1
         grids.append((family, grid, tuple(of_grid(family, grid, f"{name}-{used[name]}" if used[name] > 1 else name, baseline))))
     ranks = [(found, tuple(of_imbalance(found, f"{slug(found.family.case.model)}-{n}"))) for n, found in enumerate(imbalances(groups), 1)]
-    return Album(
-        layers=found_layers, grids=tuple(grids), ranks=tuple(ranks), maps=tuple(heat_maps(groups)), numerics=tuple(numerics(records))
-    )
+    return Album(grids=tuple(grids), ranks=tuple(ranks), maps=tuple(heat_maps(groups)), numerics=tuple(numerics(shares)))
 
 
 def of_grid(family: Family, grid: Grid, name: str, baseline: str | None) -> list[Figure]:
@@ -154,30 +157,22 @@ def heat_maps(groups: Sequence[tuple[Family, Grid]]) -> list[Figure]:
     return found
 
 
-def numerics(records: Iterable[Record]) -> list[Figure]:
+def numerics(shares: Mapping[str, Shares]) -> list[Figure]:
     """Every checked row's error as a share of its tolerance."""
-    found: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.error is not None and record.error.rel_l2_tolerance > 0 and record.error.worst_tolerance > 0:
-            found[label(record.backend)].append(record)
-    shares = {
-        backend: (
-            [r.error.rel_l2 / r.error.rel_l2_tolerance for r in group if r.error],
-            [r.error.worst / r.error.worst_tolerance for r in group if r.error],
-        )
-        for backend, group in sorted(found.items())
-    }
     if not shares:
         return []
-    whole = [value for pair in shares.values() for part in pair for value in part]
-    marks = {backend: (_unlike(pair[0]), _unlike(pair[1])) for backend, pair in shares.items()}
+    marks: dict[str, tuple[list[float], list[float]]] = {}
+    for backend, found in sorted(shares.items()):
+        rel_l2, worst = marks.setdefault(label(backend), ([], []))  # long names may look alike
+        rel_l2 += sorted(found.rel_l2.values())
+        worst += sorted(found.worst.values())
     drawn = [value for pair in marks.values() for part in pair for value in part]
 
     def draw(sheet: Sheet) -> None:
         look = sheet.look
         top = legend(sheet, [("o", look.colour(0), "relative L2"), ("D", look.colour(1), "worst element")])
         across = log_axis([min(min(drawn, default=0.1) / 1.4, 0.05), max(max(drawn, default=0.1) * 1.4, 1.5)], spare=1)
-        names = names_axis([name if look.wide else "" for name in shares])
+        names = names_axis([name if look.wide else "" for name in marks])
         words = "error / its tolerance; right of the line at 1 a row is wrong"
         made = panel(sheet, across, _reversed(names), title="", xlabel=words, box=(0, sheet.width, top, sheet.height))
         line(sheet, [made.at(1.0, made.y.low), made.at(1.0, made.y.high)], look.ink, 1.4)
@@ -188,16 +183,18 @@ def numerics(records: Iterable[Record]) -> list[Figure]:
             if not look.wide:
                 write(sheet, (made.left, made.at(1.0, row - 0.45)[1]), backend, va="top")
 
-    worst, backend = max((max(pair[0] + pair[1], key=_nan_first), backend) for backend, pair in shares.items())
-    finding = f"The error nearest to its tolerance is of {backend}: {percent(worst)} of it."
-    if above := sum(not value <= 1 for value in whole):
-        finding = f"{above} of {len(whole)} errors are above their tolerance; the largest is of {backend}, {ratio(worst)} of it."
+    name, nearest = max(shares.items(), key=lambda item: (_nan_first(item[1].largest), item[0]))
+    name = label(name)
+    finding = f"The error nearest to its tolerance is of {name}: {percent(nearest.largest)} of it."
+    if above := sum(found.above for found in shares.values()):
+        number = sum(found.number for found in shares.values())
+        finding = f"{above} of {number} errors are above their tolerance; the largest is of {name}, {ratio(nearest.largest)} of it."
     return [
         Figure(
             name="numerics",
             title="Errors as shares of their tolerances, a mark a row",
             finding=finding,
-            height=lambda look: 110 + len(shares) * (34 if look.wide else 46),
+            height=lambda look: 110 + len(marks) * (34 if look.wide else 46),
             draw=draw,
         )
     ]
@@ -512,11 +509,6 @@ def _map(
         areas(sheet, corners, face, alpha, look.surface)
     for place, text, ink in written:
         write(sheet, place, text, colour=ink, size=look.font - (1.5 if look.wide else 2), ha="center", va="center")
-
-
-def _unlike(values: Sequence[float]) -> list[float]:
-    """What a logarithmic axis can show, and marks that would lie on each other once. Many rows have exactly the same error."""
-    return list({f"{value:.1e}": value for value in dict.fromkeys(values) if 0 < value < math.inf}.values())
 
 
 def _map_height(rows: Sequence[str], columns: Sequence[str], look: Look, legend: int) -> float:

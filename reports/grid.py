@@ -201,15 +201,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        """What differs from a plain layer of this model: `gpt-oss-20b` or `gpt-oss-20b EP 4 zipf:1.2`."""
-        case, plain = self.case, MODELS[self.case.model]
-        parts = [case.model]
-        parts += [f"top_k={case.top_k}"] if case.top_k != plain.top_k else []
-        parts += [f"EP {case.ep_size}"] if case.ep_size > 1 else []
-        parts += [f"TP {case.tp_size}"] if case.tp_size > 1 else []
-        parts += [case.routing] if case.routing != "uniform" else []
-        parts += [f"seed={case.seed}"] if case.seed else []
-        return " ".join(parts)
+        return layer_name(self.case)
 
     @property
     def which_rank(self) -> str:
@@ -263,7 +255,7 @@ class Family:
 
 
 def families(records: Iterable[Record]) -> list[Family]:
-    """Records by family, models in the order of the presets, then by sizes."""
+    """Records by family, in the order of layers."""
     found: dict[tuple[Case, str, str], list[Record]] = defaultdict(list)
     blanks: dict[tuple[str | int, ...], Case] = {}
     for record in records:
@@ -273,8 +265,24 @@ def families(records: Iterable[Record]) -> list[Family]:
         found[blanks[layer], record.arch, record.device].append(record)
     return sorted(
         (Family(case=case, arch=arch, device=device, records=tuple(rows)) for (case, arch, device), rows in found.items()),
-        key=_family_order,
+        key=lambda family: layer_order(family.case, family.arch, family.device),
     )
+
+
+def layer_name(case: Case) -> str:
+    """What differs from a plain layer of this model: `gpt-oss-20b` or `gpt-oss-20b EP 4 zipf:1.2`."""
+    parts = [case.model]
+    parts += [f"top_k={case.top_k}"] if case.top_k != MODELS[case.model].top_k else []
+    parts += [f"EP {case.ep_size}"] if case.ep_size > 1 else []
+    parts += [f"TP {case.tp_size}"] if case.tp_size > 1 else []
+    parts += [case.routing] if case.routing != "uniform" else []
+    parts += [f"seed={case.seed}"] if case.seed else []
+    return " ".join(parts)
+
+
+def layer_order(case: Case, arch: str, device: str) -> tuple[str, str, int, int, int, int, str, int]:
+    """Models in the order of the presets, then by sizes."""
+    return arch, device, list(MODELS).index(case.model), case.top_k, case.ep_size, case.tp_size, case.routing, case.seed
 
 
 def method_name(method: Method) -> str:
@@ -314,15 +322,6 @@ def flagged(records: Iterable[Record]) -> dict[str, list[Record]]:
         for flag in record.flags:
             found[flag].append(record)
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-
-def contracts(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Contract id -> the records timed under it, in the order they came up."""
-    found: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.timing:
-            found[record.contract_id].append(record)
-    return dict(found)
 
 
 def _row(backends: Sequence[str], here: Mapping[str, Sequence[Record]], there: Sequence[Record], num_ranks: int) -> dict[str, Point]:
@@ -391,9 +390,3 @@ def _why_absent(record: Record) -> str:
 
 def _rank(case: Case) -> tuple[int, int]:
     return case.tp_rank, case.ep_rank
-
-
-def _family_order(family: Family) -> tuple[str, str, int, int, int, int, str, int]:
-    case = family.case
-    model = list(MODELS).index(case.model)
-    return family.arch, family.device, model, case.top_k, case.ep_size, case.tp_size, case.routing, case.seed

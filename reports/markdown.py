@@ -2,77 +2,63 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from shlex import join
 
 from moebench.flags import FLAGS
-from moebench.journal import Run, merge
-from moebench.record import Record
+from moebench.journal import Run
+from moebench.parts import RunFacts
 from moebench.reports.answer import contested, sentence
-from moebench.reports.grid import (
-    DAGGER,
-    FLAGGED,
-    TIE,
-    Family,
-    Grid,
-    Point,
-    by_reason,
-    contracts,
-    flagged,
-    median_us,
-    method_name,
-    not_ok,
-    rank_name,
-    skipped,
-)
-from moebench.reports.layers import WHERE_ALL_ARE, Layers, layers, standings
-from moebench.reports.ran import launched, said
+from moebench.reports.digest import MOST_LINES, Digest, Overview, overview_of
+from moebench.reports.grid import DAGGER, FLAGGED, TIE, Family, Grid, Point, method_name, rank_name
+from moebench.reports.layers import WHERE_ALL_ARE, Layers
 from moebench.reports.text import count, error, escape, gib, listed, percent, ratio, us
-from moebench.reports.tuning import NOTABLE, setbacks
+from moebench.reports.tuning import NOTABLE
 
 LEGEND = (
     f"Microseconds, median of all samples. **Bold** is fastest; `{TIE}` ties with it, their 95 % intervals overlap; "
     f"{DAGGER} does not describe the kernel, so it is never called fastest."
 )
 DOUBTED = f" {FLAGGED} has a reason to doubt it, see below."
-MOST_LINES = 200  # of a table that lists rows or reasons one by one
 
 
 def report(runs: Sequence[Run], baseline: str | None = None) -> str:
     """Everything the runs found, merged: one row per case, backend and architecture. Speed-ups are over the baseline where it counts."""
-    records = merge(runs)
-    blocks = ["# moebench report", _counts(records), "## Runs", *(_environment(run) for run in runs)]
-    found = layers(records)
-    sections = [(family, family.grids()) for family in found.shown]
+    return report_of(overview_of(runs), baseline)
+
+
+def report_of(found: Overview, baseline: str | None = None) -> str:
+    """The same, whoever read the runs."""
+    whole = found.digest
+    blocks = ["# moebench report", _counts(whole), "## Runs", *(_environment(run) for run in found.runs)]
+    sections = [(family, family.grids()) for family in found.layers.shown]
     answers = _answers(sections)
-    blocks += ["## Which backend, when", *_together(found), *answers] if answers else []
-    doubted = flagged(records)
-    blocks += ["## Times", LEGEND + (DOUBTED if doubted else "")] if sections else []
+    blocks += ["## Which backend, when", *_together(found.layers), *answers] if answers else []
+    blocks += ["## Times", LEGEND + (DOUBTED if whole.flags else "")] if sections else []
     for family, grids in sections:
         blocks += _family(family, grids, baseline)
     for title, lines in (
-        ("Tuning", _tuning(records)),
-        ("Reasons to doubt", _flags(doubted)),
-        ("Numerics", _numerics(records)),
-        ("What ran", _what_ran(records)),
-        ("Skipped", _skips(records)),
-        ("Not ok", _not_ok(records)),
-        ("Contracts", _contracts(records)),
+        ("Tuning", _tuning(whole)),
+        ("Reasons to doubt", _flags(whole)),
+        ("Numerics", _numerics(whole)),
+        ("What ran", _what_ran(whole)),
+        ("Skipped", _skips(whole)),
+        ("Not ok", _not_ok(whole)),
+        ("Contracts", _contracts(whole)),
     ):
         blocks += [f"## {title}", *lines] if lines else []
     return "\n\n".join(blocks) + "\n"
 
 
-def _counts(records: Sequence[Record]) -> str:
-    if not records:
+def _counts(found: Digest) -> str:
+    if not found.number:
         return "No records."
-    counts = Counter(record.status for record in records)
-    return f"{count(len(records), 'record')}: " + ", ".join(f"{number} {status}" for status, number in counts.most_common()) + "."
+    statuses = found.statuses.largest_first()
+    return f"{count(found.number, 'record')}: " + ", ".join(f"{group.number} {status}" for status, group in statuses) + "."
 
 
-def _environment(run: Run) -> str:
+def _environment(run: RunFacts) -> str:
     manifest, device = run.manifest, run.manifest.device
     facts = [device.arch, *([gib(device.memory_bytes)] if device.memory_bytes else [])]
     facts += [f"{device.num_sms} SMs"] if device.num_sms else []
@@ -85,7 +71,7 @@ def _environment(run: Run) -> str:
         f"- versions: {escape(', '.join(f'{name} {version}' for name, version in versions.items() if version))}",
         f"- command: {escape(join(manifest.command))}",
         f"- plan: {escape(manifest.plan_hash)}",
-        f"- started: {escape(manifest.started)}; {count(len(run.records), 'record')}"
+        f"- started: {escape(manifest.started)}; {count(run.number, 'record')}"
         + (", and a last line that was cut off and is left out" if run.torn else ""),
     ]
     return "\n".join(lines)
@@ -93,7 +79,7 @@ def _environment(run: Run) -> str:
 
 def _together(found: Layers) -> list[str]:
     """What all layers say together; nothing where each of them is shown."""
-    if not found.left_out:
+    if not found.note:
         return []
     rows = [
         [
@@ -102,7 +88,7 @@ def _together(found: Layers) -> list[str]:
             percent(one.share),
             ratio(one.mean_ratio),
         ]
-        for one in standings([*found.shown, *found.left_out])
+        for one in found.standings
     ]
     head = ["layers", "how, where", "backend", "points compared", "lowest median in", "time over the lowest, mean"]
     return [escape(found.note), *([_table(head, rows, left=(0, 1, 2))] if rows else [])]
@@ -197,73 +183,64 @@ def _routing(family: Family) -> list[str]:
     return [note, _table(["tokens", "active experts", "local pairs", "load max / mean"], rows)] if rows else []
 
 
-def _tuning(records: Iterable[Record]) -> list[str]:
+def _tuning(whole: Digest) -> list[str]:
     """Nothing where tuning did no harm."""
-    rows = []
-    found = setbacks(records)
-    for setback in found[:MOST_LINES]:
-        tuned, timing = setback.tuned, setback.tuned.timing
-        assert timing is not None  # a setback is of two times
-        rows.append(
-            [
-                escape(tuned.backend),
-                escape(tuned.case.label),
-                escape(tuned.arch),
-                escape(method_name((timing.clock, timing.l2))),
-                us(median_us(tuned)),
-                us(median_us(setback.untuned)),
-                ratio(setback.ratio),
-            ]
-        )
+    found = whole.setbacks
+    rows = [
+        [
+            escape(setback.backend),
+            escape(setback.case.label),
+            escape(setback.arch),
+            escape(method_name(setback.method)),
+            us(setback.tuned_us),
+            us(setback.untuned_us),
+            ratio(setback.ratio),
+        ]
+        for setback in found.shown
+    ]
     note = f"Slower tuned than untuned, by more than {(NOTABLE - 1) * 100:.0f} %: here the tactics that tuning chose are not the best ones."
     head = ["backend", "case", "arch", "timing", "tuned us", "untuned us", "tuned / untuned"]
-    return [note, _table(head, rows, left=range(4)), *_cut(rows, found)] if rows else []
+    return [note, _table(head, rows, left=range(4)), *_cut(rows, found.number)] if rows else []
 
 
-def _flags(doubted: Mapping[str, Sequence[Record]]) -> list[str]:
+def _flags(found: Digest) -> list[str]:
     """Each flag once: what it means, how many rows have it, and what it says of one of them."""
     rows = []
-    for name, group in doubted.items():
+    for name, group in found.flags.largest_first():
         meaning = FLAGS[name].meaning if name in FLAGS else ""
-        example = f"{group[0].backend} {group[0].case.label}: {group[0].flags[name]}"
-        rows.append([escape(name), str(len(group)), escape(meaning), escape(example)])
+        first = found.doubts[name].shown[0]
+        example = f"{first.backend} {first.case.label}: {first.sentence}"
+        rows.append([escape(name), str(group.number), escape(meaning), escape(example)])
     return [_table(["flag", "rows", "meaning", "such as"], rows, left=(0, 2, 3))] if rows else []
 
 
-def _contracts(records: Iterable[Record]) -> list[str]:
+def _contracts(found: Digest) -> list[str]:
     """What each contract says; records of schema 1.0 have none."""
     rows = []
-    for contract_id, group in contracts(records).items():
-        contract = group[0].contract
+    for contract_id, group in found.contracts.in_order():
+        contract = group.such_as.contract
         if contract is not None:
             told = "; ".join(f"{name}: {value}" for name, value in asdict(contract).items() if value is not None)
-            rows.append([contract_id, str(len(group)), escape(told)])
+            rows.append([contract_id, str(group.number), escape(told)])
     note = "What a time means. Times under two contracts are never in one table."
     return [note, _table(["contract", "rows", "meaning"], rows, left=(0, 2))] if rows else []
 
 
-def _numerics(records: Iterable[Record]) -> list[str]:
+def _numerics(found: Digest) -> list[str]:
     """Worst error of each backend over all its cases, and where it was."""
-    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        if record.error is not None:
-            found[record.backend, record.act_dtype, record.arch].append(record)
     rows = []
-    for (backend, act_dtype, arch), group in found.items():
-        rel = max(group, key=lambda r: r.error.rel_l2 if r.error else 0.0)
-        worst = max(group, key=lambda r: r.error.worst if r.error else 0.0)
-        assert rel.error is not None  # grouped above
-        assert worst.error is not None
+    for (backend, act_dtype, arch), errors in found.errors.in_order():
+        (_, _, rel, rel_at), (_, _, worst, worst_at) = errors.rel_l2, errors.worst
         rows.append(
             [
                 escape(backend),
                 escape(act_dtype),
                 escape(arch),
-                str(len(group)),
-                f"{error(rel.error.rel_l2)} / {error(rel.error.rel_l2_tolerance)}",
-                escape(rel.case.label),
-                f"{error(worst.error.worst)} / {error(worst.error.worst_tolerance)}",
-                f"{escape(worst.case.label)}, token {worst.error.worst_token}, column {worst.error.worst_column}",
+                str(errors.number),
+                f"{error(rel.rel_l2)} / {error(rel.rel_l2_tolerance)}",
+                escape(rel_at.label),
+                f"{error(worst.worst)} / {error(worst.worst_tolerance)}",
+                f"{escape(worst_at.label)}, token {worst.worst_token}, column {worst.worst_column}",
             ]
         )
     if not rows:
@@ -276,45 +253,42 @@ def _numerics(records: Iterable[Record]) -> list[str]:
     return [note, _table(head, rows, left=(0, 1, 2, 5, 7))]
 
 
-def _what_ran(records: Sequence[Record]) -> list[str]:
+def _what_ran(found: Digest) -> list[str]:
     """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
     blocks = []
-    for what, found in (("kernels of one call", launched(records)), ("what it says of itself", said(records))):
+    for what, texts in (("kernels of one call", found.launched), ("what it says of itself", found.said)):
         rows = [
-            [escape(backend), escape(arch), escape(text), str(len(group)), escape(group[0].case.label)]
-            for (backend, arch, text), group in list(found.items())[:MOST_LINES]
+            [escape(backend), escape(arch), escape(text), str(group.number), escape(group.such_as.label)]
+            for (backend, arch, text), group in texts.in_order()[:MOST_LINES]
         ]
-        blocks += [_table(["backend", "arch", what, "cases", "such as"], rows, left=(0, 1, 2, 4)), *_cut(rows, found)] if rows else []
+        blocks += [_table(["backend", "arch", what, "cases", "such as"], rows, left=(0, 1, 2, 4)), *_cut(rows, len(texts))] if rows else []
     return blocks
 
 
-def _skips(records: Iterable[Record]) -> list[str]:
-    found = by_reason(skipped(records))
+def _skips(found: Digest) -> list[str]:
+    skips = found.without_result(skipped=True)
     rows = [
-        [str(len(group)), escape(group[0].reason), escape(_backends(group)), escape(group[0].case.label)] for group in found[:MOST_LINES]
+        [str(excuse.number), escape(reason), escape(", ".join(excuse.names)), escape(excuse.case.label)]
+        for (_, reason), excuse in skips[:MOST_LINES]
     ]
-    return [_table(["points", "reason", "backends", "such as"], rows, left=(1, 2, 3)), *_cut(rows, found)] if rows else []
+    return [_table(["points", "reason", "backends", "such as"], rows, left=(1, 2, 3)), *_cut(rows, len(skips))] if rows else []
 
 
-def _not_ok(records: Iterable[Record]) -> list[str]:
-    found = not_ok(records)
-    rows = [[r.status, escape(r.backend), escape(r.case.label), escape(r.arch), escape(r.reason)] for r in found[:MOST_LINES]]
-    return [_table(["status", "backend", "case", "arch", "reason"], rows, left=range(5)), *_cut(rows, found)] if rows else []
+def _not_ok(found: Digest) -> list[str]:
+    rows = [[r.status, escape(r.backend), escape(r.case.label), escape(r.arch), escape(r.reason)] for r in found.not_ok.shown]
+    head = ["status", "backend", "case", "arch", "reason"]
+    return [_table(head, rows, left=range(5)), *_cut(rows, found.not_ok.number)] if rows else []
 
 
-def _cut(rows: Sequence[object], found: Sized) -> list[str]:
+def _cut(rows: Sequence[object], number: int) -> list[str]:
     """A sentence where a table does not hold all that was found."""
-    return [f"The first {len(rows)} of {len(found)}; {WHERE_ALL_ARE}."] if len(rows) < len(found) else []
+    return [f"The first {len(rows)} of {number}; {WHERE_ALL_ARE}."] if len(rows) < number else []
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = ()) -> str:
     """Columns are right-aligned except those in `left`."""
     ruler = [":--" if column in left else "--:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows))
-
-
-def _backends(records: Iterable[Record]) -> str:
-    return ", ".join(dict.fromkeys(record.backend for record in records))
 
 
 def _span(values: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,10 +11,12 @@ from importlib.resources import files
 from shlex import join as shell
 
 from moebench.flags import FLAGS
-from moebench.journal import Run, merge
-from moebench.record import Record, Telemetry
+from moebench.journal import Run
+from moebench.parts import RunFacts
+from moebench.record import Record
 from moebench.reports import answer, figures, render
 from moebench.reports.all_rows import all_rows, commas, flag_links, pasteable
+from moebench.reports.digest import MOST_LINES, Digest, Overview, overview_of
 from moebench.reports.drawing import Figure, palettes
 from moebench.reports.grid import (
     DAGGER,
@@ -23,19 +25,13 @@ from moebench.reports.grid import (
     Family,
     Grid,
     Point,
-    by_reason,
-    contracts,
-    flagged,
-    not_ok,
     rank_name,
-    skipped,
 )
-from moebench.reports.layers import WHERE_ALL_ARE, Layers, standings
+from moebench.reports.layers import WHERE_ALL_ARE, Layers
 from moebench.reports.markup import Child, Html, breakable, join, table, tag
-from moebench.reports.ran import launched, said
 from moebench.reports.ranks import Imbalance, balancedness
 from moebench.reports.text import count, error, gib, listed, percent, ratio, slug, us
-from moebench.reports.tuning import NOTABLE, setbacks
+from moebench.reports.tuning import NOTABLE
 
 Draw = Callable[[Figure], Html]
 Show = Callable[[Figure], Html | None]  # None for a figure that is one too many
@@ -43,13 +39,17 @@ Show = Callable[[Figure], Html | None]  # None for a figure that is one too many
 MANY = 4  # layers, beyond which each shows its first figure only until it is asked for the others
 MOST_FIGURES = 12  # two layers have 10; a figure of the example is 19 KB for both widths
 MOST_SENTENCES = 8  # of the answer, before the rest is folded
-MOST_LINES = 200  # of a table that lists rows or reasons one by one
 
 
 def page(runs: Sequence[Run], *, baseline: str | None = None, most_figures: int = MOST_FIGURES, draw: Draw = render.inline) -> str:
     """Everything the runs found, merged. The baseline is what speed-ups are over where it counts; `draw` makes a figure's SVG."""
-    records = merge(runs)
-    drawn = figures.album(records, baseline)
+    return page_of(overview_of(runs), baseline=baseline, most_figures=most_figures, draw=draw)
+
+
+def page_of(found: Overview, *, baseline: str | None = None, most_figures: int = MOST_FIGURES, draw: Draw = render.inline) -> str:
+    """The same, whoever read the runs."""
+    whole, runs = found.digest, found.runs
+    drawn = figures.album_of(found.layers.shown, whole.shares, baseline)
     groups = [(family, grid) for family, grid, _ in drawn.grids]
     few = {figure.name for figure in drawn.first(most_figures)}
 
@@ -57,21 +57,21 @@ def page(runs: Sequence[Run], *, baseline: str | None = None, most_figures: int 
         return draw(figure) if figure.name in few else None
 
     sections = [
-        _Section(id="answer", title="Which backend, when", body=_answer(groups, records, drawn.layers)),
+        _Section(id="answer", title="Which backend, when", body=_answer(groups, whole, found.layers)),
         _Section(id="what", title="What ran, and on what", body=[_run(run) for run in runs]),
         _Section(id="times", title="Times", body=_times(drawn.grids, baseline, show)),
         _Section(id="ep", title="Expert-parallel ranks", body=_ranks(drawn.ranks, show)),
         _Section(id="maps", title="Over two axes", body=_figures(drawn.maps, show)),
-        _Section(id="numerics", title="Numerics", body=_numerics(records, drawn.numerics, show)),
-        _Section(id="flags", title="Reasons to doubt", body=[*_flags(records), *_sensors(records)]),
-        _Section(id="left-out", title="Skipped and failed", body=_left_out(records)),
-        _Section(id="kernels", title="Kernels and tuning", body=[*_tuning(records), *_what_ran(records), *_phases(records)]),
-        _Section(id="provenance", title="Provenance", body=_provenance(runs, records)),
-        _Section(id="rows", title="All rows", body=all_rows(records)),
+        _Section(id="numerics", title="Numerics", body=_numerics(whole, drawn.numerics, show)),
+        _Section(id="flags", title="Reasons to doubt", body=[*_flags(whole), *_sensors(whole)]),
+        _Section(id="left-out", title="Skipped and failed", body=_left_out(whole)),
+        _Section(id="kernels", title="Kernels and tuning", body=[*_tuning(whole), *_what_ran(whole), *_phases(whole)]),
+        _Section(id="provenance", title="Provenance", body=_provenance(runs, whole)),
+        _Section(id="rows", title="All rows", body=all_rows(found.rows(), whole.number)),
     ]
     shown = [section for section in sections if section.body]
-    title = _title(records)
-    header = tag("header", tag("h1", title), _summary(runs, records), _contents(shown))
+    title = _title(whole)
+    header = tag("header", tag("h1", title), _summary(runs, whole), _contents(shown))
     body = [tag("section", tag("h2", section.title), section.body, id=section.id) for section in shown]
     return _document(f"moebench: {title}", tag("main", header, body))
 
@@ -106,24 +106,22 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _title(records: Sequence[Record]) -> str:
-    models = list(dict.fromkeys(record.case.model for record in records))
-    devices = list(dict.fromkeys(record.device for record in records))
-    if not records:
+def _title(found: Digest) -> str:
+    if not found.number:
         return "no records"
+    models, devices = ([name for name, _ in names.in_order()] for names in (found.models, found.devices))
     return f"{listed(models)} experts on {listed(devices)}"
 
 
-def _summary(runs: Sequence[Run], records: Sequence[Record]) -> Html:
+def _summary(runs: Sequence[RunFacts], found: Digest) -> Html:
     days = sorted({run.manifest.started[:10] for run in runs})
     drivers = list(dict.fromkeys(run.manifest.device.driver for run in runs if run.manifest.device.driver))
     torches = list(dict.fromkeys(torch for run in runs if (torch := run.manifest.device.versions.get("torch"))))
     facts = [listed(days), *([f"driver {listed(drivers)}"] if drivers else []), *([f"torch {listed(torches)}"] if torches else [])]
-    counts = Counter(record.status for record in records)
-    statuses = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    doubted = sum(bool(record.flags) for record in records)
+    statuses = ", ".join(f"{group.number} {status}" for status, group in found.statuses.largest_first())
+    doubted = found.doubted
     flags: Child = ["; ", tag("a", f"{count(doubted, 'row')} with a reason to doubt", href="#flags")] if doubted else None
-    told = f"{', '.join(facts)}. {count(len(records), 'row')}{': ' if records else ''}{statuses}"
+    told = f"{', '.join(facts)}. {count(found.number, 'row')}{': ' if found.number else ''}{statuses}"
     return tag("p", told, flags, ".", class_="lead")
 
 
@@ -132,7 +130,7 @@ def _contents(shown: Iterable[_Section]) -> Html:
     return tag("nav", tag("ul", links), aria_label="Contents")
 
 
-def _run(run: Run) -> Html:
+def _run(run: RunFacts) -> Html:
     manifest, device = run.manifest, run.manifest.device
     versions = {**device.versions, **manifest.versions}
     facts = [device.arch, gib(device.memory_bytes)] if device.memory_bytes else [device.arch]
@@ -142,17 +140,17 @@ def _run(run: Run) -> Html:
     rows: list[tuple[str, Child]] = [
         ("device", f"{device.name} ({', '.join(facts)})"),
         ("driver", device.driver or "none"),
-        ("started", f"{manifest.started.replace('T', ' ')}; {count(len(run.records), 'record')}{cut}"),
+        ("started", f"{manifest.started.replace('T', ' ')}; {count(run.number, 'record')}{cut}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("command", pasteable(shell(manifest.command))),
     ]
     return tag("div", tag("h3", "run ", manifest.run_id), tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in rows]))
 
 
-def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record], found: Layers) -> list[Html]:
+def _answer(groups: Sequence[tuple[Family, Grid]], whole: Digest, found: Layers) -> list[Html]:
     """Sentences where backends were compared, then a table of every layer; before both what many layers say together."""
     if not groups:
-        return [tag("p", "No row has a time.")] if records else []
+        return [tag("p", "No row has a time.")] if whole.number else []
     told = [
         tag("p", tag("strong", f"{family.name} on {family.device}"), f" ({grid.title}): {answer.sentence(grid)}", class_="answer")
         for family, grid in groups
@@ -186,7 +184,7 @@ def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record], fo
         "A tie: the 95 % intervals of the medians overlap, so this run does not tell the backends apart. "
         "Neighbouring token counts with one outcome are one line; between them nothing was measured."
     )
-    single = all(record.round == 0 for record in records)
+    single = not whole.repeated
     within = " Intervals are of one process; fresh processes of the same code differ by a little more (sweep --rounds)." if single else ""
     dagger = f" Rows marked {DAGGER} below do not describe a kernel and are not compared." if _daggers(groups) else ""
     if len(told) > MOST_SENTENCES:
@@ -202,11 +200,11 @@ def _answer(groups: Sequence[tuple[Family, Grid]], records: Sequence[Record], fo
 
 def _together(found: Layers) -> list[Html]:
     """One table over all layers; nothing where each of them is shown."""
-    if not found.left_out:
+    if not found.note:
         return []
     rows: list[list[Child]] = [
         [one.layer, f"{one.how}, {one.device}", tag("strong", one.backend), str(one.compared), percent(one.share), ratio(one.mean_ratio)]
-        for one in standings([*found.shown, *found.left_out])
+        for one in found.standings
     ]
     head = ["layers", "how, where", "backend", "points compared", "lowest median in", "time over the lowest, mean"]
     together = (
@@ -368,20 +366,14 @@ def _ranks(ranks: Sequence[tuple[Imbalance, Sequence[Figure]]], show: Show) -> l
     return [*blocks, tag("p", note, class_="note")] if blocks else []
 
 
-def _numerics(records: Sequence[Record], drawn: Sequence[Figure], show: Show) -> list[Html]:
+def _numerics(found: Digest, drawn: Sequence[Figure], show: Show) -> list[Html]:
     """Worst error of each backend over all its cases, and where it was."""
-    found: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        if record.error is not None:
-            found[record.backend, record.act_dtype, record.arch].append(record)
     rows = []
-    for (backend, act_dtype, arch), group in found.items():
-        errors = [(record.error, record.case) for record in group if record.error]
-        rel, rel_at = max(errors, key=lambda item: item[0].rel_l2)
-        worst, worst_at = max(errors, key=lambda item: item[0].worst)
+    for (backend, act_dtype, arch), errors in found.errors.in_order():
+        (_, _, rel, rel_at), (_, _, worst, worst_at) = errors.rel_l2, errors.worst
         where = f"{worst_at.label}, token {worst.worst_token}, column {worst.worst_column}"
         shares = f"{error(rel.rel_l2)} / {error(rel.rel_l2_tolerance)}", f"{error(worst.worst)} / {error(worst.worst_tolerance)}"
-        rows.append([backend, act_dtype, arch, str(len(group)), shares[0], rel_at.label, shares[1], where])
+        rows.append([backend, act_dtype, arch, str(errors.number), shares[0], rel_at.label, shares[1], where])
     if not rows:
         return []
     note = (
@@ -396,112 +388,88 @@ def _numerics(records: Sequence[Record], drawn: Sequence[Figure], show: Show) ->
     ]
 
 
-def _flags(records: Sequence[Record]) -> list[Html]:
+def _flags(found: Digest) -> list[Html]:
     """Each flag once with its meaning, then what it says of each row."""
     blocks = []
-    for name, group in flagged(records).items():
+    for name, group in found.flags.largest_first():
         known = FLAGS.get(name)
         told = [tag("p", known.meaning, " ", tag("em", known.remedy))] if known else []
-        rows = [
-            [record.backend, record.case.label, us(record.median_us) if record.median_us else "", record.flags[name]]
-            for record in group[:MOST_LINES]
-        ]
-        inner = _capped(group, ["backend", "case", "us a call", "why"], rows, caption=f"Rows with the flag {name}", left=(0, 1, 3))
-        shown = tag("details", tag("summary", count(len(group), "row")), inner, open=len(group) <= 5)
+        rows = [[row.backend, row.case.label, us(row.median_us) if row.median_us else "", row.sentence] for row in found.doubts[name].shown]
+        inner = _capped(group.number, ["backend", "case", "us a call", "why"], rows, caption=f"Rows with the flag {name}", left=(0, 1, 3))
+        shown = tag("details", tag("summary", count(group.number, "row")), inner, open=group.number <= 5)
         blocks.append(tag("div", tag("h3", name, " ", tag("span", FLAGGED, class_="mark")), told, shown, id=f"flag-{slug(name)}"))
-    if blocks or not any(record.timing for record in records):
+    if blocks or not found.timed:
         return blocks
-    able = [record for record in records if record.timing and record.contract]
-    if not able:
+    if not found.checked:
         return [tag("p", "These records were written before rows were checked for reasons to doubt them.")]
     return [tag("p", f"None: no timed row carries a flag. Looked for: {', '.join(FLAGS)}.")]
 
 
-def _sensors(records: Sequence[Record]) -> list[Html]:
+def _sensors(found: Digest) -> list[Html]:
     """What the GPU's own sensors said over the rows of each backend; nothing where no row was watched."""
-    found: dict[str, list[Telemetry]] = defaultdict(list)
-    for record in records:
-        if record.telemetry is not None and record.timing is not None:
-            found[record.backend].append(record.telemetry)
     rows = []
-    for backend, seen in found.items():
-        clocks = [mhz for one in seen for mhz in (one.sm_mhz[0], one.sm_mhz[2])]
-        reasons = dict.fromkeys(reason for one in seen for reason, share in one.reasons.items() if share)
-        power = _span([one.power_w for one in seen], _whole)
-        hottest = _whole(max(one.temperature_c for one in seen))
-        most = _span([one.max_sm_mhz for one in seen], _whole)
-        rows.append(
-            [backend, str(len(seen)), _span(clocks, _whole), most, power, _whole(seen[0].power_limit_w), hottest, ", ".join(reasons)]
-        )
+    for backend, seen in found.sensors.in_order():
+        spans = [_span((one.low, one.high), _whole) for one in (seen.sm_mhz, seen.max_sm_mhz, seen.power_w)]
+        limits = [_whole(seen.power_limit_w), _whole(seen.temperature_c.high)]
+        rows.append([backend, str(seen.number), *spans, *limits, ", ".join(seen.names)])
     head = ["backend", "rows", "SM clock, MHz", "it may reach", "mean power, W", "limit, W", "highest, C", "clock event reasons"]
     return [table(head, rows, caption="What the GPU's sensors said while rows were timed", left=(0, 7))] if rows else []
 
 
-def _phases(records: Sequence[Record]) -> list[Html]:
+def _phases(found: Digest) -> list[Html]:
     """Where the workers' time went, over all rows of a backend."""
-    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for record in records:
-        for name, spent_s in record.phases_s.items():
-            found[record.backend][name] += spent_s
-    names = list(dict.fromkeys(name for spent in found.values() for name in spent))
-    rows = [[backend, *(f"{spent[name]:.1f}" if name in spent else "" for name in names)] for backend, spent in found.items() if spent]
+    spent = [(backend, one.phases_s) for backend, one in found.spent.in_order()]
+    names = list(dict.fromkeys(name for _, phases_s in spent for name in phases_s))
+    rows = [[backend, *(f"{phases_s[name]:.1f}" if name in phases_s else "" for name in names)] for backend, phases_s in spent]
     inner = table(["backend", *names], rows, caption="Seconds that workers spent, by phase")
     return [tag("details", tag("summary", "Where the run's time went"), inner)] if rows else []
 
 
-def _left_out(records: Sequence[Record]) -> list[Html]:
-    groups = [*by_reason(not_ok(records)), *by_reason(skipped(records))]
+def _left_out(found: Digest) -> list[Html]:
+    groups = [*found.without_result(skipped=False), *found.without_result(skipped=True)]
     rows = [
-        [group[0].status, str(len(group)), group[0].reason, listed(list(dict.fromkeys(r.backend for r in group))), group[0].case.label]
-        for group in groups[:MOST_LINES]
+        [status, str(excuse.number), reason, listed(excuse.names), excuse.case.label] for (status, reason), excuse in groups[:MOST_LINES]
     ]
     head = ["status", "rows", "reason", "backends", "such as"]
-    return [_capped(groups, head, rows, caption="Rows without a time, by reason", left=(0, 2, 3, 4))] if rows else []
+    return [_capped(len(groups), head, rows, caption="Rows without a time, by reason", left=(0, 2, 3, 4))] if rows else []
 
 
-def _tuning(records: Sequence[Record]) -> list[Html]:
-    found = setbacks(records)
+def _tuning(found: Digest) -> list[Html]:
     rows = [
-        [
-            setback.tuned.backend,
-            setback.tuned.case.label,
-            us(setback.tuned.median_us or 0.0),
-            us(setback.untuned.median_us or 0.0),
-            ratio(setback.ratio),
-        ]
-        for setback in found[:MOST_LINES]
+        [setback.backend, setback.case.label, us(setback.tuned_us), us(setback.untuned_us), ratio(setback.ratio)]
+        for setback in found.setbacks.shown
     ]
     caption = f"Slower tuned than untuned by more than {(NOTABLE - 1) * 100:.0f} %"
     head = ["backend", "case", "tuned us", "untuned us", "tuned / untuned"]
-    return [_capped(found, head, rows, caption=caption, left=(0, 1))] if rows else []
+    return [_capped(found.setbacks.number, head, rows, caption=caption, left=(0, 1))] if rows else []
 
 
-def _what_ran(records: Sequence[Record]) -> list[Html]:
+def _what_ran(found: Digest) -> list[Html]:
     """The kernels that calls really launched, then what backends say of themselves, each once for all cases that share it."""
     blocks = []
-    for what, found in (("Kernels that one call launched", launched(records)), ("What backends say of themselves", said(records))):
-        groups = list(found.items())
+    for what, texts in (("Kernels that one call launched", found.launched), ("What backends say of themselves", found.said)):
+        groups = texts.in_order()
         rows = [
-            [backend, told, str(len(group)), f"{group[0].case.label} on {arch}"] for (backend, arch, told), group in groups[:MOST_LINES]
+            [backend, told, str(group.number), f"{group.such_as.label} on {arch}"] for (backend, arch, told), group in groups[:MOST_LINES]
         ]
-        inner = _capped(groups, ["backend", "", "rows", "such as"], rows, caption=what, left=(0, 1, 3), class_="words")
+        inner = _capped(len(groups), ["backend", "", "rows", "such as"], rows, caption=what, left=(0, 1, 3), class_="words")
         blocks += [tag("details", tag("summary", f"{what} ({len(groups)})"), inner)] if rows else []
     return blocks
 
 
-def _provenance(runs: Sequence[Run], records: Sequence[Record]) -> list[Html]:
+def _provenance(runs: Sequence[RunFacts], found: Digest) -> list[Html]:
     """Which code and plan made the numbers, and what each contract means."""
     blocks = []
     rows: list[list[Child]] = []
     for run in runs:
         manifest = run.manifest
-        schemas = ", ".join(dict.fromkeys(record.schema for record in run.records)) or manifest.schema
-        rows.append([manifest.run_id, manifest.plan_hash, schemas, manifest.versions.get("moebench", ""), str(len(run.records))])
+        schemas = ", ".join(run.schemas) or manifest.schema
+        rows.append([manifest.run_id, manifest.plan_hash, schemas, manifest.versions.get("moebench", ""), str(run.number)])
     head = ["run", "plan", "schema", "moebench", "records"]
     blocks.append(table(head, rows, caption="Runs", left=(0, 1, 2, 3)))
     meanings: list[list[Child]] = []
-    for contract_id, group in contracts(records).items():
-        contract, timing = group[0].contract, group[0].timing
+    for contract_id, group in found.contracts.in_order():
+        contract, clock, l2 = group.such_as
         if contract is not None:
             told = [
                 ("scope", contract.scope),
@@ -517,21 +485,16 @@ def _provenance(runs: Sequence[Run], records: Sequence[Record]) -> list[Html]:
             ]
         else:
             told = [
-                ("written by schema 1.0, without a contract; clock", timing.clock if timing else ""),
-                ("L2", str(timing.l2) if timing else ""),
+                ("written by schema 1.0, without a contract; clock", clock),
+                ("L2", l2),
             ]
-        meanings.append([tag("code", contract_id), "; ".join(f"{name}: {value}" for name, value in told), str(len(group))])
+        meanings.append([tag("code", contract_id), "; ".join(f"{name}: {value}" for name, value in told), str(group.number)])
     if meanings:
         caption = "Contracts: what a time means. Times under two contracts are never compared."
         blocks.append(table(["contract", "meaning", "rows"], meanings, caption=caption, left=(0, 1), class_="words"))
-    roofs = Counter(
-        (r.device, r.roofline.bandwidth_bytes_s, r.roofline.flop_s, r.act_dtype, r.roofline.source)
-        for r in records
-        if r.roofline is not None
-    )
     shown = [
-        [device, f"{bandwidth / 1e12:.2f}", f"{flop_s / 1e12:.0f}", act_dtype, source, str(number)]
-        for (device, bandwidth, flop_s, act_dtype, source), number in roofs.items()
+        [device, f"{bandwidth / 1e12:.2f}", f"{flop_s / 1e12:.0f}", act_dtype, source, str(group.number)]
+        for (device, bandwidth, flop_s, act_dtype, source), group in found.roofs.in_order()
     ]
     if shown:
         blocks.append(table(["device", "TB/s", "TFLOP/s", "activations", "from", "rows"], shown, caption="Roofs", left=(0, 3, 4)))
@@ -539,13 +502,13 @@ def _provenance(runs: Sequence[Run], records: Sequence[Record]) -> list[Html]:
 
 
 def _capped(
-    found: Sequence[object], head: Sequence[str], rows: Sequence[Sequence[Child]], *, caption: str, left: Sequence[int], class_: str = ""
+    number: int, head: Sequence[str], rows: Sequence[Sequence[Child]], *, caption: str, left: Sequence[int], class_: str = ""
 ) -> Html:
-    """A table of the first of what was found, with a sentence where that is not all."""
+    """A table of the first of so many, with a sentence where that is not all."""
     shown = table(head, rows, caption=caption, left=left, class_=class_)
-    if len(found) <= len(rows):
+    if number <= len(rows):
         return shown
-    return join(shown, tag("p", f"The first {len(rows)} of {len(found)}; {WHERE_ALL_ARE}.", class_="note"))
+    return join(shown, tag("p", f"The first {len(rows)} of {number}; {WHERE_ALL_ARE}.", class_="note"))
 
 
 def _layer(family: Family) -> str:

@@ -147,12 +147,11 @@ def _flags(records: Sequence[Record]) -> Iterator[RenderableType]:
 
 def _tuning(records: Sequence[Record]) -> Iterator[RenderableType]:
     """How often tuning did harm, and where most; nothing where it never did."""
-    found = setbacks(records)
-    if found:
-        worst = found[0].tuned
-        where = f"{clean(worst.backend)} {clean(worst.case.label)}, {ratio(found[0].ratio)}"
+    found = setbacks(records, most=1)
+    for worst in found.shown:
+        where = f"{clean(worst.backend)} {clean(worst.case.label)}, {ratio(worst.ratio)}"
         yield Text(
-            f"tuned slower than untuned by more than {(NOTABLE - 1) * 100:.0f} %: {count(len(found), 'point')}, worst {where}",
+            f"tuned slower than untuned by more than {(NOTABLE - 1) * 100:.0f} %: {count(found.number, 'point')}, worst {where}",
             style="yellow",
         )
         yield Text()

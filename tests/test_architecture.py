@@ -13,6 +13,7 @@ DIRECTORIES = ("moebench", "moebench/commands", *INSTALLED_INSIDE)
 
 # A module imports from lines above its own. On one line, nobody imports anybody else.
 LAYERS = [
+    {"once"},
     {"case", "mx", "conform", "realized", "memory", "leash", "policy_lookup", "serving_flags", "cubin", "tuned", "forked"},
     {"routing", "device", "compiled"},
     {"record", "problem"},
@@ -80,7 +81,7 @@ NEVER_TORCH = {
     ),
     *("roofline", "flags", "telemetry", "doctor", "profile", "timeline", "simulated", "api", "compare", "crossover", "serving_flags"),
     *("gate", "gate_simulation", "baselines", "child", "failure", "conform", "leash", "policy_lookup", "rotation", "verdict", "ab"),
-    *("gate_check", "compiled", "cubin", "tuned", "tuning", "forked", "parts", "brief"),
+    *("gate_check", "compiled", "cubin", "tuned", "tuning", "forked", "parts", "brief", "once"),
 }
 
 

@@ -15,7 +15,8 @@ from moebench.device import Device
 from moebench.journal import Run
 from moebench.realized import Realized
 from moebench.record import Error, Kernel, Manifest, Record, Timing
-from moebench.reports import grid, layers, markdown, table_csv, terminal, text, tuning
+from moebench.reports import grid, markdown, table_csv, terminal, text, tuning
+from moebench.reports.digest import overview_of_records
 
 ROOT = Path(__file__).parents[1]
 ERROR = Error(rel_l2=1.8e-3, worst=0.01, worst_token=3, worst_column=17, max_abs=0.25, rel_l2_tolerance=5e-3, worst_tolerance=0.05)
@@ -123,7 +124,7 @@ def test_two_activation_formats_are_never_in_one_table_and_their_tables_say_whic
     assert "| 4 | 50.0 |" in shown
     (answered,) = (line for line in shown if line.startswith("- tiny"))
     assert answered.endswith("bf16 activations: At 4 tokens a is fastest (1.20x as fast as the next).")
-    assert [(one.backend, one.compared, one.how) for one in layers.standings([family])] == [
+    assert [(one.backend, one.compared, one.how) for one in overview_of_records(records).layers.standings] == [
         ("a", 1, "CUDA graph replay, cold L2"),
         ("b", 1, "CUDA graph replay, cold L2"),
     ]
@@ -263,8 +264,9 @@ def test_a_tuned_backend_that_is_slower_than_untuned_is_told():
 def test_the_worst_setback_comes_first_and_variants_have_untuned_ones_too():
     pairs = [(4, 103.0), (8, 150.0), (16, 120.0)]
     records = [ok(name, m, us) for m, slow in pairs for name, us in (("x@pad", slow), ("x@pad@untuned", 100.0))]
-    assert [(s.tuned.backend, s.tuned.case.num_tokens) for s in tuning.setbacks(records)] == [("x@pad", 8), ("x@pad", 16), ("x@pad", 4)]
-    assert tuning.setbacks(records)[0].ratio == 1.5
+    found = tuning.setbacks(records, most=2)
+    assert [(s.backend, s.case.num_tokens) for s in found.shown] == [("x@pad", 8), ("x@pad", 16)]
+    assert (found.shown[0].ratio, found.number) == (1.5, 3)
     assert "3 points, worst x@pad tiny M=8, 1.50x" in screen(terminal.summary(records))
 
 
@@ -289,7 +291,7 @@ UNTUNED = ok("x@untuned", 4, 100.0)
     ],
 )
 def test_what_is_not_a_setback_of_tuning_is_not_told(other):
-    assert tuning.setbacks([other, UNTUNED]) == []
+    assert tuning.setbacks([other, UNTUNED], most=9).number == 0
     assert "## Tuning" not in page(other, UNTUNED)
     assert "tuned slower" not in screen(terminal.summary([other, UNTUNED]))
 

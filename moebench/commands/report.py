@@ -12,10 +12,13 @@ from moebench.commands.out_file import OutFile
 from moebench.commands.outcome import STORAGE, UNREADABLE, USAGE, fail
 from moebench.commands.uncollected import kept, uncollected
 from moebench.journal import RUNS, Run, is_torn, load_manifest, load_run, merge, whole_journal
+from moebench.parts import made_of
 from moebench.record import RecordError
 from moebench.reports import json_rows, markdown, table_csv
+from moebench.reports.digest import Overview, digest, overview, overview_of
 
 FORMATS = ("html", "md", "csv", "json")
+TABLES = ("csv", "json")  # of all records
 
 
 @click.command()
@@ -40,24 +43,26 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
     ending = out.suffix.lower().removeprefix(".") if out else ""
     style = style or (ending if ending in FORMATS else "md")
     try:
-        done = out is not None and plots is None and baseline is None and _by_many(paths, style, out)
-        loaded = [] if done else kept([load_run(path) for path in paths])
+        if out is not None and plots is None and baseline is None and _by_many(paths, style, out):
+            click.echo(str(out))
+            return
+        loaded = kept([load_run(path) for path in paths]) if style in TABLES else []
+        found = overview_of(loaded) if loaded else overview(*made_of(paths, digest, keep=kept))
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     except OSError as error:
         fail([f"{error.filename or out}: {error.strerror}"], STORAGE)
-    for run in loaded:
+    for run in found.runs:
         _note_torn(run.path, run.torn)
-    known = list(dict.fromkeys(record.backend for run in loaded for record in run.records))
+    known = [name for name, _ in found.digest.backends.in_order()]
     if baseline is not None and baseline not in known:
         there = f"these runs have {', '.join(known)}" if known else "these runs have no records"
         fail([f"--baseline {baseline!r} is in no record{did_you_mean(baseline, known)}; {there}"], USAGE)
     try:
         if plots is not None:
-            for path in _draw(loaded, plots, baseline):
+            for path in _draw(found, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
-        if not done:
-            _write(_render(loaded, style, baseline, figures), out)
+        _write(_table(loaded, style) if loaded else [_page(found, style, baseline, figures)], out)
     except OSError as error:
         fail([f"{error.filename}: {error.strerror}"], STORAGE)
     if out is not None:
@@ -66,7 +71,7 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
 
 def _by_many(paths: Sequence[Path], style: str, out: Path) -> bool:
     """Whether a table of all records of large journals was written by several processes."""
-    if style not in ("csv", "json") or (out.exists() and not out.is_file()):  # a pipe has no places to write to
+    if style not in TABLES or (out.exists() and not out.is_file()):  # a pipe has no places to write to
         return False
     runs = [(load_manifest(path), whole_journal(path)) for path in paths]
     journals = [journal for _, journal in runs]
@@ -82,15 +87,17 @@ def _note_torn(path: Path, torn: bool) -> None:
         click.echo(f"note: {path}: the journal's last line was cut off and is left out", err=True)
 
 
-def _render(runs: list[Run], style: str, baseline: str | None, most_figures: int) -> Iterable[str]:
-    """In parts: a table of 100,000 rows is a gigabyte."""
+def _page(found: Overview, style: str, baseline: str | None, most_figures: int) -> str:
     if style == "html":
-        from moebench.reports.page import page
+        from moebench.reports.page import page_of
 
-        return [page(runs, baseline=baseline, most_figures=most_figures)]
-    if style == "json":
-        return json_rows.parts(runs)
-    return [markdown.report(runs, baseline)] if style == "md" else table_csv.lines(merge(runs))
+        return page_of(found, baseline=baseline, most_figures=most_figures)
+    return markdown.report_of(found, baseline)
+
+
+def _table(runs: list[Run], style: str) -> Iterable[str]:
+    """In parts: of 100,000 rows it is a gigabyte."""
+    return json_rows.parts(runs) if style == "json" else table_csv.lines(merge(runs))
 
 
 def _write(parts: Iterable[str], out: Path | None) -> None:
@@ -105,12 +112,13 @@ def _write(parts: Iterable[str], out: Path | None) -> None:
         click.echo()
 
 
-def _draw(runs: list[Run], directory: Path, baseline: str | None) -> list[Path]:
-    from moebench.reports.figures import album
+def _draw(found: Overview, directory: Path, baseline: str | None) -> list[Path]:
+    from moebench.reports.figures import album_of
     from moebench.reports.render import png
 
     directory.mkdir(parents=True, exist_ok=True)
-    return [path for figure in album(merge(runs), baseline).figures for path in png(figure, directory)]
+    drawn = album_of(found.layers.shown, found.digest.shares, baseline)
+    return [path for figure in drawn.figures for path in png(figure, directory)]
 
 
 def _newest() -> Path:
