@@ -301,21 +301,29 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def merge(runs: Sequence[Run]) -> list[Record]:
-    """One record per key, scope, round and contract. A later one beats an earlier one, a measured row beats a skip, which another
-    machine wrote for an arch that is not its own, and a time beats the failure before it."""
+    """One record per key, scope, round and contract, as merge_records has them."""
+    return merge_records([record for run in runs for record in run.records])
+
+
+def merge_records(records: Sequence[Record]) -> list[Record]:
+    """A later one beats an earlier one, a measured row beats a skip, which another machine wrote for an arch that is not its own, and a
+    time beats the failure before it."""
     chosen: dict[tuple[object, ...], Record] = {}
     untimed = skipped = False
-    for record in sorted((r for run in runs for r in run.records), key=attrgetter("time")):
+    for record in sorted(records, key=attrgetter("time")):
         cell = record.case, record.backend, record.arch, record.scope, record.round  # hashing a case takes 1 us, writing its key 4
         if record.timing is None:
             untimed = True
         elif untimed:
             chosen.pop((*cell, ""), None)
         skipped = skipped or record.status == "skipped"
-        chosen[*cell, record.contract_id] = record
+        key = *cell, record.contract_id
+        if key in chosen:  # and not at its place, so that all are in the order of time
+            del chosen[key]
+        chosen[key] = record
     if not skipped:
         return list(chosen.values())
-    attempted = {(r.case, r.backend, r.arch) for run in runs for r in run.records if r.status != "skipped"}
+    attempted = {(r.case, r.backend, r.arch) for r in records if r.status != "skipped"}
     return [r for r in chosen.values() if r.status != "skipped" or (r.case, r.backend, r.arch) not in attempted]
 
 

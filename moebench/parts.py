@@ -1,8 +1,8 @@
 """What is said of all records of some runs, by several processes where the journals are large.
 
 Each process has all records of its share of the layers, so one alone says what is said of a case, of two times beside each other, of a
-layer; what is said of all records has to add up. Where a line may be of any layer, or a record takes the place of another, and where
-anything is wrong, one process reads all in one piece, and says what is wrong."""
+layer; what is said of all records has to add up. Where a line may be of any layer, and where anything is wrong, one process reads all in
+one piece, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from moebench.case import CASE_FIELDS, Case
 from moebench.forked import Forked, processes_for
-from moebench.journal import Run, is_torn, lines_around, load_manifest, load_run, merge, read_at, read_some, whole_journal
+from moebench.journal import Run, is_torn, lines_around, load_manifest, load_run, merge, merge_records, read_at, read_some, whole_journal
 from moebench.record import Manifest, Record, RecordError
 
 if TYPE_CHECKING:
@@ -147,24 +147,50 @@ def _made_by_several(paths: Sequence[Path], make: Callable[[Placed], T], apart: 
 
 def _read_and_make(paths: Sequence[Path], number: int, processes: int, make: Callable[[Placed], T], apart: bool, pipe: Connection) -> None:
     """All processes see all lines, so that they agree about whose each is, and read their own."""
-    shares = [_Share() for _ in paths]
-    pipe.send((make(_mine(paths, number, processes, apart, shares)), shares))
+    mine = partial(_mine, paths, number, processes)
+    try:
+        shares = [_Share() for _ in paths]
+        made = make(_unmerged(mine(shares), apart))
+    except _Replaced:
+        shares = [_Share() for _ in paths]
+        made = make(_merged(mine(shares), apart))
+    pipe.send((made, shares))
     os._exit(0)  # without taking apart what was made
 
 
-def _mine(paths: Sequence[Path], number: int, processes: int, apart: bool, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record]]:
-    """Raises RecordError where it is not certain that all are as a merge leaves them, and no other process has one of their layers."""
+def _mine(paths: Sequence[Path], number: int, processes: int, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record, int]]:
+    """With a number that equal cases have in common. Raises RecordError where it is not certain that no other process has one of their
+    layers."""
     dealer = _Dealer(number, processes)
-    seen = _Seen()
     for which, path in enumerate(paths):
         share = shares[which]
         for offset, record in read_some(path, dealer.is_mine):
-            seen.add(dealer.number_of(record.case), record)
+            case = dealer.number_of(record.case)
             share.number += 1
             share.schemas.add(record.schema)
-            yield (record.time, which, offset), record
-        if apart:
-            seen = _Seen()
+            yield (record.time, which, offset), record, case
+
+
+def _unmerged(mine: Iterable[tuple[Place, Record, int]], apart: bool) -> Iterator[tuple[Place, Record]]:
+    """As long as a merge would leave all as they are, they need not be kept: to keep them takes as long again as to read them.
+
+    Raises _Replaced."""
+    seen, latest = _Seen(), 0
+    for place, record, case in mine:
+        if apart and place[1] != latest:
+            seen, latest = _Seen(), place[1]
+        seen.add(case, record)
+        yield place, record
+
+
+def _merged(mine: Iterable[tuple[Place, Record, int]], apart: bool) -> Iterator[tuple[Place, Record]]:
+    runs: dict[int, list[Record]] = {}
+    places: dict[int, Place] = {}  # by identity
+    for place, record, _ in mine:
+        runs.setdefault(place[1] if apart else 0, []).append(record)
+        places[id(record)] = place
+    for records in runs.values():
+        yield from ((places[id(record)], record) for record in merge_records(records))
 
 
 class _Dealer:
@@ -203,6 +229,10 @@ class _Dealer:
         return known[0]
 
 
+class _Replaced(Exception):
+    """A record takes the place of another."""
+
+
 class _Seen:
     """Of the records of a merge, what says whether one takes the place of another."""
 
@@ -212,20 +242,20 @@ class _Seen:
         self._tried: set[tuple[int, str, str]] = set()
 
     def add(self, case: int, record: Record) -> None:
-        """Raises RecordError where it does."""
+        """Raises _Replaced where it does."""
         point, contract = (case, record.backend, record.arch), record.contract_id
         cell = *point, record.scope, record.round
         others = self._contracts.get(cell)
         if others is None:
             self._contracts[cell] = (contract,)
         elif not contract or "" in others or contract in others:
-            raise RecordError("a record takes the place of another")
+            raise _Replaced
         else:
             self._contracts[cell] = (*others, contract)
         here, there = (self._skipped, self._tried) if record.status == "skipped" else (self._tried, self._skipped)
         here.add(point)
         if point in there:
-            raise RecordError("a record takes the place of a skip")
+            raise _Replaced
 
 
 def _layer(text: bytes, begin: int = 0) -> _Layer | None:

@@ -113,6 +113,13 @@ def test_several_runs_are_merged(tmp_path):
         assert (three.returncode, three.stderr, three.stdout) == (0, "read by 3\n", one.stdout)
 
 
+def test_a_later_run_takes_the_place_of_an_earlier_one(tmp_path, runs):
+    for words in (("report", "--format", "html", 0, 1), ("report", "--format", "html", 1, 0), ("policy", "--format", "json", 1, 0)):
+        words = [runs[word] if isinstance(word, int) else word for word in words]
+        one, three = alone(tmp_path, *words), called(SEVERAL, tmp_path, *words)
+        assert (three.returncode, three.stderr, three.stdout) == (0, "read by 3\n", one.stdout)
+
+
 def test_rows_whose_order_is_not_that_of_time_are_reported_in_that_of_time(tmp_path):
     found = rows(range(5))
     run = write(tmp_path / "run", [*found[100:], *found[:100]])
@@ -144,10 +151,11 @@ ROWS = rows(range(4))
         ),
     ],
 )
-def test_rows_that_take_the_place_of_others_are_left_to_one_process(tmp_path, why, changed):
+def test_rows_that_take_the_place_of_others_do(tmp_path, why, changed):
     run = write(tmp_path / "run", changed)
-    one, three = alone(tmp_path, "policy", run), called(SEVERAL, tmp_path, "policy", run)
-    assert (three.returncode, three.stderr, three.stdout) == (0, "left to one\n", one.stdout), why
+    for words in (("report", "--format", "html", run), ("policy", run), ("compare", "--format", "json", run, run)):
+        one, three = alone(tmp_path, *words), called(SEVERAL, tmp_path, *words)
+        assert (three.returncode, three.stderr, three.stdout) == (0, "read by 3\n", one.stdout), why
 
 
 def to_text(row):
