@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from math import log
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from moebench.case import Case
 from moebench.flags import doubts
@@ -13,6 +14,10 @@ from moebench.parts import Place, Placed
 from moebench.record import Contract, Record, Scope, Status, Timing
 
 LEAST_SAMPLES = 6  # lowest to highest of fewer covers the median with less than 95 %: 1 - 2 * 0.5 ** 5 = 0.94
+
+
+Within = tuple[float, float]  # how far the 95 % interval of the median reaches below and above, as logarithms
+Samples: TypeAlias = "array[float]"
 
 
 class Brief(NamedTuple):
@@ -34,25 +39,25 @@ class Brief(NamedTuple):
     usable: bool
     doubtful: bool  # flags speak against it
     log_us: float  # of the median, where it is usable
-    within: tuple[float, float] | None  # how far the 95 % interval of the median reaches below and above, as logarithms
+    within: Within | Samples | None
 
     @property
     def timed(self) -> bool:
         return bool(self.clock)
 
 
-def briefs(records: Iterable[Record]) -> Iterator[Brief]:
+def briefs(records: Iterable[Record], *, later: bool = False) -> Iterator[Brief]:
     """`within` has only the first of the usable rounds of a cell, and the first that is in no doubt: of two rounds it is not asked for,
-    and it takes 20 us."""
+    and it takes 20 us. Where most will not be asked for either it is made later, and till then it is the samples."""
     seen: dict[int, bool] = {}  # by hash of the cell: whether it had one that is in no doubt
     for record in records:
         timing, usable = record.timing, record.usable
         doubtful = bool(record.flags) and bool(doubts(record))
-        within: tuple[float, float] | None = None
+        within: Within | Samples | None = None
         if timing is not None and usable:
             cell = hash((record.case, record.backend, record.scope, record.device, record.contract_id))
             if not seen.get(cell, False) and (not doubtful or cell not in seen):
-                within = _within(timing)
+                within = array("d", timing.samples_us) if later else _within(timing)
                 seen[cell] = not doubtful
         yield Brief(
             record.case,
@@ -75,7 +80,7 @@ def briefs(records: Iterable[Record]) -> Iterator[Brief]:
         )
 
 
-def placed_briefs(placed: Placed) -> list[tuple[Place, Brief]]:
+def placed_briefs(placed: Placed, *, later: bool = False) -> list[tuple[Place, Brief]]:
     """In the order of their places."""
     places: list[Place] = []
 
@@ -84,12 +89,18 @@ def placed_briefs(placed: Placed) -> list[tuple[Place, Brief]]:
             places.append(place)
             yield record
 
-    found = list(briefs(records()))  # which fills the places
+    found = list(briefs(records(), later=later))  # which fills the places
     return sorted(zip(places, found, strict=True), key=itemgetter(0))
 
 
-def _within(timing: Timing) -> tuple[float, float] | None:
+def reach(brief: Brief) -> Within | None:
     """None where there are too few samples for an interval."""
+    if not isinstance(brief.within, array):
+        return brief.within
+    return _within(Timing(samples_us=tuple(brief.within), clock="wall", l2=None, l2_method="", warmup_calls=0))  # whatever the clock was
+
+
+def _within(timing: Timing) -> Within | None:
     if len(timing.samples_us) < LEAST_SAMPLES:
         return None
     low, high = timing.interval_us

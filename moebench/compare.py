@@ -11,8 +11,9 @@ from operator import attrgetter
 from statistics import fmean, median
 from typing import Generic, Literal, Protocol, TypeVar
 
-from moebench.brief import Brief, briefs
+from moebench.brief import Brief, Within, briefs, reach
 from moebench.case import Case
+from moebench.once import once
 from moebench.record import Contract, Manifest, Record, Scope, Status, Telemetry
 
 SideName = Literal["base", "candidate"]
@@ -237,20 +238,30 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """The times of one cell: the logarithms of the medians of its rounds, and what one round alone says of itself."""
+    """The times of one cell, a round each, with the logarithms of their medians."""
 
+    rows: tuple[Brief, ...]
     logs: tuple[float, ...]
-    within: tuple[float, float] | None  # as of a Brief; of two rounds it is not asked for
 
     @property
     def center_us(self) -> float:
         """One number for all: the geometric mean of the medians."""
         return exp(_mean(self.logs))
 
+    @once
+    def widths(self) -> Within | None:
+        """How far the 95 % interval reaches below and above, as logarithms."""
+        logs = self.logs
+        if len(logs) < 2:
+            return reach(self.rows[0])
+        half = student_t(len(logs) - 1) * sqrt(_variance(logs) / len(logs))
+        return half, half
 
-def rounds_of(found: Sequence[Brief]) -> Rounds:
+
+def rounds_of(rows: Iterable[Brief]) -> Rounds:
     """Of what is usable."""
-    return Rounds(logs=tuple([one.log_us for one in found]), within=found[0].within)
+    rows = tuple(rows)
+    return Rounds(rows=rows, logs=tuple([row.log_us for row in rows]))
 
 
 def ratio(base: Rounds, candidate: Rounds) -> Ratio:
@@ -264,7 +275,7 @@ def ratio(base: Rounds, candidate: Rounds) -> Ratio:
     if min(rounds) >= 2:
         half = _welch(base.logs, candidate.logs)
         return Ratio(value=exp(difference), low=exp(difference - half), high=exp(difference + half), rounds=rounds)
-    widths = _widths(base), _widths(candidate)
+    widths = base.widths, candidate.widths
     if widths[0] is None or widths[1] is None:
         return Ratio(value=exp(difference), low=None, high=None, rounds=rounds)
     (old_down, old_up), (new_down, new_up) = widths[0], widths[1]
@@ -311,15 +322,6 @@ def _welch(old: Sequence[float], new: Sequence[float]) -> float:
         return 0.0
     degrees = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (old, new), strict=True))
     return student_t(max(int(degrees + 1e-9), 1)) * sqrt(sum(parts))  # rounded down: a wider interval, never a narrower one
-
-
-def _widths(rounds: Rounds) -> tuple[float, float] | None:
-    """How far the 95 % interval reaches below and above, as logarithms."""
-    logs = rounds.logs
-    if len(logs) < 2:
-        return rounds.within
-    half = student_t(len(logs) - 1) * sqrt(_variance(logs) / len(logs))
-    return half, half
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -318,8 +318,7 @@ def merge_records(records: Sequence[Record]) -> list[Record]:
             chosen.pop((*cell, ""), None)
         skipped = skipped or record.status == "skipped"
         key = *cell, record.contract_id
-        if key in chosen:  # and not at its place, so that all are in the order of time
-            del chosen[key]
+        chosen.pop(key, None)  # or it would be at its predecessor's place, and not at that of its time
         chosen[key] = record
     if not skipped:
         return list(chosen.values())

@@ -80,7 +80,7 @@ def _found(placed: Placed, server: Server | None, version: str, most: int | None
         assert server is not None  # else it is not asked
         return bool(serving_flags.setting(server, version, backend, model=case.model, arch=arch, ep_size=case.ep_size).flags)
 
-    rows = placed_briefs(placed)
+    rows = placed_briefs(placed, later=most is not None)
     first = {id(row): place for place, row in rows}
     tables: list[tuple[Place, list[Crossover]]] = []
     for spread in spreads((row for _, row in rows), allowed if server else None):
