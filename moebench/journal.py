@@ -22,7 +22,7 @@ from zlib import crc32
 
 from moebench.conform import misfit
 from moebench.device import Device
-from moebench.lines import EXPERTS_LIMIT, reader
+from moebench.lines import EXPERTS_LIMIT, Read, reader
 from moebench.record import SCHEMA, Manifest, Record, RecordError, Status, record_from_dict, to_json
 
 RUNS = Path("runs")  # where a run goes that is not told otherwise
@@ -128,7 +128,7 @@ def read_stretch(stretch: Stretch) -> Iterator[tuple[Record, bytes]]:
             offset += len(line)
 
 
-def read_some(path: Path, wanted: Callable[[bytes, int], bool]) -> Iterator[tuple[int, Record]]:
+def read_some(path: Path, wanted: Callable[[bytes, int], bool], read: Read) -> Iterator[tuple[int, Record]]:
     """Those of a run's records whose lines are wanted, each with the place of its first byte. `wanted` is given bytes and where in them a
     line begins. A cut-off last line is left out.
 
@@ -136,7 +136,6 @@ def read_some(path: Path, wanted: Callable[[bytes, int], bool]) -> Iterator[tupl
     fd = _open(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=True)
     if fd is None:
         return
-    read = reader()
     offset, rest = 0, b""  # of the chunk's first byte; of a line that is not yet whole
     with os.fdopen(fd, "rb"):
         for chunk in _chunks(fd, JOURNAL_BYTES_LIMIT, 1 << 20):
@@ -351,22 +350,23 @@ def _line(record: Record) -> bytes:
     return b"%08x %s\n" % (crc32(body), body)
 
 
-def _parse(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> Record:
+def _parse(line: bytes, read: Read) -> Record:
     """A line with its end."""
     plain = line.startswith(b"{")
-    body = memoryview(line)[_start(line) : -1]
+    start = _start(line)
+    body = memoryview(line)[start:-1]
     if not plain and line[:CHECKSUM] != b"%08x " % crc32(body):
         checksum, _, rest = line[:-1].partition(b" ")
         if not re.fullmatch(rb"[0-9a-f]{8}", checksum):
             raise _BadLine(f"is no record: {line[:-1][:40]!r}")
         raise _BadLine(f"its checksum is {checksum.decode()} and that of its {len(rest)} bytes is {crc32(rest):08x}")
-    record = read(body) if line.isascii() else None  # as ours are; other encodings are for the slow way
+    record = read(line, start)
     if record is not None and _is_sound(record, plain):
         return record
     return _parse_slowly(bytes(body), plain)
 
 
-def _record(line: bytes, read: Callable[[bytes | memoryview], Record | None]) -> Record:
+def _record(line: bytes, read: Read) -> Record:
     """For those who leave the sentence about a bad one to load_run."""
     try:
         return _parse(line, read)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from moebench.case import Case
 from moebench.conform import hints
-from moebench.record import Record, Timing
+from moebench.record import Kernel, Record, Timing
 
 # Fields that are the same in many lines, by the class that has them: each text of one is decoded once for all of them.
 # They are most of a line: kernels alone are up to 6.7 of 9 KB.
@@ -21,6 +21,12 @@ SHARED: dict[type, frozenset[str]] = {
     Timing: frozenset({"proof"}),
 }
 MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is read
+
+# Two thirds of a line: texts that were seen are left out of what is decoded. They come after the facts; in those there are no objects.
+NAME = b'"kernels"'
+KERNELS = b"}," + NAME + b":"
+MOST_KERNELS = 32
+LONG = 500  # bytes; to look for shorter ones takes as long as to decode them
 
 NAMED: dict[type, frozenset[str]] = {Record: frozenset({"schema"})}  # fields with a default that a line has to have all the same
 EXPERTS_LIMIT = 1 << 16
@@ -31,21 +37,48 @@ T = TypeVar("T")
 _Make = Callable[[Any], Any]  # from what msgspec decoded to what a record holds
 
 
-def reader() -> Callable[[bytes | memoryview], Record | None]:
-    """For the lines of one journal. None is for what is not certain to be a whole record; record_from_dict and misfit say why.
+class Read(Protocol):
+    """What reads a line, from where in it the record begins."""
 
-    What it gives is what they give, but for a number without a point where a float belongs: it becomes a float."""
+    def __call__(self, line: bytes, start: int = 0) -> Record | None: ...
+
+
+def reader() -> Read:
+    """For the lines of one journal, or of several whose records may share what they have in common.
+
+    None is for what is not certain to be a whole record; record_from_dict and misfit say why. What it gives is what they give, but for a
+    number without a point where a float belongs: it becomes a float."""
     decode = _decoder(_twin(Record)).decode
     make = _maker(Record)
     assert make is not None  # Record is no twin of itself
+    known: list[tuple[bytes, tuple[Kernel, ...]]] = []  # with what they say
 
-    def read(body: bytes | memoryview) -> Record | None:
+    def read(line: bytes, start: int = 0) -> Record | None:
+        place = line.find(KERNELS, start)
+        for text, kernels in known:
+            if line.startswith(text, place) and line.find(NAME, place + len(text)) < 0:
+                without = b"".join((line[start:place], KERNELS, b"[]", line[place + len(text) :]))
+                record: Record | None = make(decode(without)) if without.isascii() else None
+                if record is not None:
+                    record.__dict__["kernels"] = kernels
+                return record
+        if not line.isascii():  # as ours are; other encodings are for others
+            return None
+        decoded = decode(memoryview(line)[start:])
+        record = make(decoded)
+        if len(decoded.kernels) > LONG and len(known) < MOST_KERNELS:
+            text = KERNELS + bytes(decoded.kernels)
+            if line.startswith(text, place):
+                known.append((text, record.kernels))
+        return record
+
+    def read_if_sure(line: bytes, start: int = 0) -> Record | None:
         try:
-            return make(decode(body))  # type: ignore[no-any-return]
+            return read(line, start)
         except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
 
-    return read
+    return read_if_sure
 
 
 @cache
@@ -117,9 +150,10 @@ def _maker_of_one(kind: type[T]) -> Callable[[msgspec.Struct], T]:
         for name, make in own:
             if values[name] is not None:
                 values[name] = make(values[name])
+        made = _made(kind, values)
         if checked:
-            return kind(**values)
-        return _made(kind, values)
+            made.__post_init__()  # type: ignore[attr-defined]
+        return made
 
     return make_one
 

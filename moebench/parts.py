@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from moebench.case import CASE_FIELDS, Case
 from moebench.forked import Forked, processes_for
 from moebench.journal import Run, is_torn, lines_around, load_manifest, load_run, merge, merge_records, read_at, read_some, whole_journal
+from moebench.lines import reader
 from moebench.record import Manifest, Record, RecordError
 
 if TYPE_CHECKING:
@@ -161,10 +162,10 @@ def _read_and_make(paths: Sequence[Path], number: int, processes: int, make: Cal
 def _mine(paths: Sequence[Path], number: int, processes: int, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record, int]]:
     """With a number that equal cases have in common. Raises RecordError where it is not certain that no other process has one of their
     layers."""
-    dealer = _Dealer(number, processes)
+    dealer, read = _Dealer(number, processes), reader()
     for which, path in enumerate(paths):
         share = shares[which]
-        for offset, record in read_some(path, dealer.is_mine):
+        for offset, record in read_some(path, dealer.is_mine, read):
             case = dealer.number_of(record.case)
             share.number += 1
             share.schemas.add(record.schema)

@@ -1,7 +1,7 @@
 """What is read in one pass is exactly what is read field by field, and nothing that the latter refuses."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from moebench.journal import _is_sound, _parse_slowly
 from moebench.lines import reader
 from moebench.record import Record, to_json
 from tests import rounds
+from tests.bench_compare import KERNELS
 from tests.full_records import whole_run
 from tests.test_journal import GOLDEN, RECORD
 
@@ -27,8 +28,15 @@ leaves = st.one_of(
 anything = st.recursive(leaves, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=3), one, max_size=3), max_leaves=5)
 
 
+WITH_KERNELS = replace(ROWS[1], facts={}, kernels=KERNELS)
+ROWS.append(WITH_KERNELS)
+EXPERIENCED = reader()  # has seen texts that it need not look through again
+EXPERIENCED(to_json(WITH_KERNELS).encode())
+
+
 def in_one_pass(body):
     record = reader()(body)
+    assert EXPERIENCED(body) == record
     return record if record is not None and _is_sound(record, plain=False) else None
 
 
@@ -138,6 +146,35 @@ def test_what_is_not_certain_is_not_read_in_one_pass(old, new):
     assert body.count(old) == 1
     assert in_one_pass(body.encode()) == RECORD
     assert in_one_pass(body.replace(old, new).encode()) is None
+
+
+NAMED = f'"kernels":{json.dumps([asdict(kernel) for kernel in KERNELS], separators=(",", ":"))}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kernels"),
+    [
+        (NAMED, NAMED, KERNELS),
+        (NAMED, NAMED.replace("cutlass", "CUTLASS", 1), "others"),
+        (NAMED, f'{NAMED},"kernels":[]', ()),
+        (NAMED, f'"kernels":[],{NAMED}', KERNELS),
+        (NAMED, f"{NAMED}0", None),
+        (NAMED, f"{NAMED}[]", None),
+        (NAMED, NAMED[:-1], None),
+        (f'"facts":{{}},{NAMED}', f'"facts":{{"x":{{}},{NAMED}}}', None),
+        (f'"facts":{{}},{NAMED}', f'"facts":{{"x":1,{NAMED}}}', None),
+        (f'"facts":{{}},{NAMED}', f'{NAMED},"facts":{{}}', KERNELS),
+        ('"reason":""', '"reason":"\u00e4"', None),
+    ],
+)
+def test_kernels_that_were_seen_before_are_those_of_the_line(old, new, kernels):
+    body = to_json(WITH_KERNELS)
+    assert body.count(old) == 1
+    body = body.replace(old, new).encode()
+    read = in_one_pass(body)
+    assert (read and read.kernels) == (read.kernels if kernels == "others" else kernels)
+    if read is not None:
+        assert in_floats(read) == in_floats(slowly(body))
 
 
 def test_every_line_that_a_sweep_wrote_is_read_in_one_pass():
