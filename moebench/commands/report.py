@@ -42,36 +42,46 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
     paths = runs or (_newest(),)
     ending = out.suffix.lower().removeprefix(".") if out else ""
     style = style or (ending if ending in FORMATS else "md")
+    loaded: list[Run] = []
+    found: Overview | None = None  # a table of all records alone needs none
     try:
-        if out is not None and plots is None and baseline is None and _by_many(paths, style, out):
+        if style not in TABLES:
+            found = overview(*made_of(paths, digest, keep=kept))
+        elif plots is None and baseline is None and out is not None and _by_many(paths, style, out):
             click.echo(str(out))
             return
-        loaded = kept([load_run(path) for path in paths]) if style in TABLES else []
-        found = overview_of(loaded) if loaded else overview(*made_of(paths, digest, keep=kept))
+        else:
+            loaded = kept([load_run(path) for path in paths])
+            found = overview_of(loaded) if plots is not None or baseline is not None else None
     except RecordError as error:
         fail([str(error)], UNREADABLE)
     except OSError as error:
         fail([f"{error.filename or out}: {error.strerror}"], STORAGE)
-    for run in found.runs:
+    for run in found.runs if found else loaded:
         _note_torn(run.path, run.torn)
-    known = [name for name, _ in found.digest.backends.in_order()]
-    if baseline is not None and baseline not in known:
-        there = f"these runs have {', '.join(known)}" if known else "these runs have no records"
-        fail([f"--baseline {baseline!r} is in no record{did_you_mean(baseline, known)}; {there}"], USAGE)
+    if found and baseline is not None:
+        _check_baseline(found, baseline)
     try:
-        if plots is not None:
+        if found and plots is not None:
             for path in _draw(found, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
-        _write(_table(loaded, style) if loaded else [_page(found, style, baseline, figures)], out)
+        _write([_page(found, style, baseline, figures)] if found and not loaded else _table(loaded, style), out)
     except OSError as error:
         fail([f"{error.filename}: {error.strerror}"], STORAGE)
     if out is not None:
         click.echo(str(out))
 
 
+def _check_baseline(found: Overview, baseline: str) -> None:
+    known = [name for name, _ in found.digest.backends.in_order()]
+    if baseline not in known:
+        there = f"these runs have {', '.join(known)}" if known else "these runs have no records"
+        fail([f"--baseline {baseline!r} is in no record{did_you_mean(baseline, known)}; {there}"], USAGE)
+
+
 def _by_many(paths: Sequence[Path], style: str, out: Path) -> bool:
     """Whether a table of all records of large journals was written by several processes."""
-    if style not in TABLES or (out.exists() and not out.is_file()):  # a pipe has no places to write to
+    if out.exists() and not out.is_file():  # a pipe has no places to write to
         return False
     runs = [(load_manifest(path), whole_journal(path)) for path in paths]
     journals = [journal for _, journal in runs]
