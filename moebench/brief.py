@@ -49,16 +49,16 @@ class Brief(NamedTuple):
 def briefs(records: Iterable[Record], *, later: bool = False) -> Iterator[Brief]:
     """`within` has only the first of the usable rounds of a cell, and the first that is in no doubt: of two rounds it is not asked for,
     and it takes 20 us. Where most will not be asked for either it is made later, and till then it is the samples."""
-    seen: dict[int, bool] = {}  # by hash of the cell: whether it had one that is in no doubt
+    seen: dict[tuple[object, ...], bool] = {}  # by cell: whether it had one that is in no doubt
     for record in records:
         timing, usable = record.timing, record.usable
         doubtful = bool(record.flags) and bool(doubts(record))
         within: Within | Samples | None = None
         if timing is not None and usable:
-            cell = hash((record.case, record.backend, record.scope, record.device, record.contract_id))
-            if not seen.get(cell, False) and (not doubtful or cell not in seen):
+            alike = record.case, record.backend, record.act_dtype, record.arch, record.device, record.scope, record.contract_id
+            if not seen.get(alike, False) and (not doubtful or alike not in seen):
                 within = array("d", timing.samples_us) if later else _within(timing)
-                seen[cell] = not doubtful
+                seen[alike] = not doubtful
         yield Brief(
             record.case,
             record.backend,

@@ -9,14 +9,13 @@ from functools import lru_cache
 from math import atan, cos, exp, hypot, log, pi, sin, sqrt
 from operator import attrgetter
 from statistics import fmean, median
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from moebench.brief import Brief, Within, briefs, reach
-from moebench.case import Case
+from moebench.case import CASE_FIELDS, Case
 from moebench.once import once
 from moebench.record import Contract, Manifest, Record, Scope, Status, Telemetry
 
-SideName = Literal["base", "candidate"]
 Key = tuple[Case, str, Scope]
 
 
@@ -349,7 +348,8 @@ def sides(records: Iterable[J]) -> dict[Key, Side[J]]:
     return found
 
 
-_in_order = attrgetter("model", "top_k", "ep_size", "tp_size", "routing", "seed", "num_tokens", "tp_rank", "ep_rank")
+_FIRST = ("model", "top_k", "ep_size", "tp_size", "routing", "seed", "num_tokens", "tp_rank", "ep_rank")
+_in_order = attrgetter(*_FIRST, *(name for name in CASE_FIELDS if name not in _FIRST))
 
 
 def _order(key: Key) -> tuple[object, ...]:

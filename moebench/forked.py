@@ -18,13 +18,18 @@ class Forked:
     """One of them, as its parent sees it."""
 
     def __init__(self, work: Callable[[Connection], None]) -> None:
-        """It ends with its work, and with its parent. Raises OSError where there is no room for one more process."""
+        """It ends when its work is done; where its parent is gone by then, for nobody. Raises OSError where there is no room for one more
+        process."""
         from multiprocessing import get_context  # 30 ms, which small journals need not wait for
 
         context = get_context("fork")  # what is imported need not be again, and hashes of strings stay the same
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(work, self.pipe, theirs), daemon=True)
-        self._process.start()
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Ctrl-C is for the parent, which ends the process
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         theirs.close()  # or its end would not be seen
 
     def end(self) -> None:
@@ -44,7 +49,6 @@ def _cores() -> int:
 
 
 def _serve(work: Callable[[Connection], None], theirs: Connection, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     theirs.close()  # else the end of a parent that was killed would not be seen
     try:
         work(pipe)

@@ -17,7 +17,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 from moebench.conform import misfit
@@ -32,6 +32,8 @@ LOCK = ".lock"
 PLAIN = ("1.0", "1.1")  # schemas whose lines had no checksum
 CHECKSUM = len("00000000 ")
 JOURNAL_BYTES_LIMIT = 1 << 30  # 20 000 points of 400 samples are a tenth of it
+LINE_BYTES_LIMIT = 16 << 20  # of lines that several processes read; one reads longer ones as well
+LOOKED_THROUGH = 1 << 16
 MANIFEST_BYTES_LIMIT = 64 << 20
 # What a second attempt may change; --resume makes one. Every other status is a result.
 RETRYABLE: frozenset[Status] = frozenset({"hang", "crash", "oom", "cuda_error", "compile_timeout", "failed"})
@@ -128,46 +130,50 @@ def read_stretch(stretch: Stretch) -> Iterator[tuple[Record, bytes]]:
             offset += len(line)
 
 
-def read_some(path: Path, wanted: Callable[[bytes, int], bool], read: Read) -> Iterator[tuple[int, Record]]:
-    """Those of a run's records whose lines are wanted, each with the place of its first byte. `wanted` is given bytes and where in them a
-    line begins. A cut-off last line is left out.
+def read_some(journal: Stretch, wanted: Callable[[bytes, int], bool], read: Read) -> Iterator[tuple[int, Record]]:
+    """Those of a journal's records up to its end whose lines are wanted, each with the place of its first byte. `wanted` is given bytes
+    and where in them a line begins. A cut-off last line is left out.
 
     Raises RecordError, which load_run does with a sentence."""
-    fd = _open(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=True)
+    fd = _open(journal.path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=True)
     if fd is None:
         return
     offset, rest = 0, b""  # of the chunk's first byte; of a line that is not yet whole
     with os.fdopen(fd, "rb"):
-        for chunk in _chunks(fd, JOURNAL_BYTES_LIMIT, 1 << 20):
-            text, begin = rest + chunk, 0
-            while (end := text.find(b"\n", begin)) >= 0:
+        for chunk in _chunks(fd, journal.end, 1 << 20):
+            text, begin, end = rest + chunk, 0, len(rest)
+            while (end := text.find(b"\n", end)) >= 0:
                 if wanted(text, begin):
                     yield offset + begin, _record(text[begin : end + 1], read)
-                begin = end + 1
+                begin = end = end + 1
             offset, rest = offset + begin, text[begin:]
+            if len(rest) > LINE_BYTES_LIMIT:
+                raise RecordError("a line too long for a record")
 
 
 def read_at(path: Path, offsets: Iterable[int]) -> list[Record]:
-    """The records at places that read_some gave."""
+    """The records at places that read_some gave. Raises RecordError where they are there no more."""
     read = reader()
     found = []
-    with (path / JOURNAL).open("rb") as file:
-        for offset in offsets:
-            file.seek(offset)
-            found.append(_record(file.readline(), read))
+    try:
+        with _opened(path) as file:
+            for offset in offsets:
+                file.seek(offset)
+                found.append(_record(file.readline(LINE_BYTES_LIMIT), read))
+    except (FileNotFoundError, RecordError):
+        raise RecordError(f"{path / JOURNAL} was changed by somebody while it was read; try it again") from None
     return found
 
 
-def lines_around(path: Path, count: int) -> Iterator[bytes]:
-    """At most so many whole lines of a run's journal, from all over it."""
-    whole = whole_journal(path)
-    if whole.end:
-        with (path / JOURNAL).open("rb") as file:
+def lines_around(journal: Stretch, count: int) -> Iterator[bytes]:
+    """At most so many lines of a journal, from all over it, each whole but for what is too long to be a record."""
+    if journal.end:
+        with _opened(journal.path) as file:
             for number in range(count):
-                file.seek(number * whole.end // count)
+                file.seek(number * journal.end // count)
                 if number:
-                    file.readline()
-                if (line := file.readline()).endswith(b"\n"):
+                    file.readline(LOOKED_THROUGH)
+                if (line := file.readline(LOOKED_THROUGH)).endswith(b"\n") or len(line) == LOOKED_THROUGH:
                     yield line
 
 
@@ -494,6 +500,12 @@ def _open(path: Path, limit: int, missing: bool) -> int | None:
         os.close(fd)
         raise RecordError(f"{path} {problem}")
     return fd
+
+
+def _opened(path: Path) -> BinaryIO:
+    fd = _open(path / JOURNAL, JOURNAL_BYTES_LIMIT, missing=False)
+    assert fd is not None  # else it is missing, which raises FileNotFoundError
+    return os.fdopen(fd, "rb")
 
 
 def _chunks(fd: int, limit: int, size: int = 1 << 24) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ MOST_SEEN = 1 << 14  # texts of such a field that are kept while a journal is re
 
 # Two thirds of a line: texts that were seen are left out of what is decoded. They come after the facts; in those there are no objects.
 NAME = b'"kernels"'
+ESCAPE = b"\\u"  # by which the name may be written as well
 KERNELS = b"}," + NAME + b":"
 MOST_KERNELS = 32
 LONG = 500  # bytes; to look for shorter ones takes as long as to decode them
@@ -56,8 +57,9 @@ def reader() -> Read:
     def read(line: bytes, start: int = 0) -> Record | None:
         place = line.find(KERNELS, start)
         for text, kernels in known:
-            if line.startswith(text, place) and line.find(NAME, place + len(text)) < 0:
-                without = b"".join((line[start:place], KERNELS, b"[]", line[place + len(text) :]))
+            after = place + len(text)
+            if line.startswith(text, place) and line.find(NAME, after) < 0 and line.find(ESCAPE, after) < 0:  # else others may come last
+                without = b"".join((line[start:place], KERNELS, b"[]", line[after:]))
                 record: Record | None = make(decode(without)) if without.isascii() else None
                 if record is not None:
                     record.__dict__["kernels"] = kernels

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -17,7 +18,19 @@ from typing import TYPE_CHECKING, TypeVar
 
 from moebench.case import CASE_FIELDS, Case
 from moebench.forked import Forked, processes_for
-from moebench.journal import Run, is_torn, lines_around, load_manifest, load_run, merge, merge_records, read_at, read_some, whole_journal
+from moebench.journal import (
+    Run,
+    Stretch,
+    is_torn,
+    lines_around,
+    load_manifest,
+    load_run,
+    merge,
+    merge_records,
+    read_at,
+    read_some,
+    whole_journal,
+)
 from moebench.lines import reader
 from moebench.record import Manifest, Record, RecordError
 
@@ -77,9 +90,10 @@ def made_of(
     """What is made of each share of the records, merged; run by run where they are to stay apart, and then a place says of which it is.
 
     `keep` is told of runs that are read in one piece. Raises RecordError."""
-    found = _made_by_several(paths, make, apart)
-    if found is not None:
-        return found
+    with suppress(FileNotFoundError):  # a journal that was there a moment ago
+        found = _made_by_several(paths, make, apart)
+        if found is not None:
+            return found
     made, whole = made_here(keep([load_run(path) for path in paths]), make, apart=apart)
     return [made], whole
 
@@ -108,19 +122,20 @@ def in_memory(records: Iterable[Record], which: int = 0) -> Placed:
 
 def _made_by_several(paths: Sequence[Path], make: Callable[[Placed], T], apart: bool) -> tuple[list[T], Whole] | None:
     """None where one process does as well, and where something is wrong, which that one says."""
-    processes = processes_for(sum(whole_journal(path).end for path in paths))
+    manifests = [load_manifest(path) for path in paths]
+    journals = [whole_journal(path) for path in paths]  # as they are now: what is appended from here on nobody reads
+    processes = processes_for(sum(journal.end for journal in journals))
     if processes < 2:
         return None
-    layers = {_layer(line) for path in paths for line in lines_around(path, LOOKED_AT)}
+    layers = {_layer(line) for journal in journals for line in lines_around(journal, LOOKED_AT)}
     processes = min(processes, len(layers) // ENOUGH)
     if processes < 2 or None in layers:
         return None
-    manifests = [load_manifest(path) for path in paths]
     readers: list[Forked] = []
     try:
         for number in range(processes):
             try:
-                readers.append(Forked(partial(_read_and_make, paths, number, processes, make, apart)))
+                readers.append(Forked(partial(_read_and_make, journals, number, processes, make, apart)))
             except OSError:
                 return None
         found: list[tuple[T, list[_Share]]] = []
@@ -135,37 +150,39 @@ def _made_by_several(paths: Sequence[Path], make: Callable[[Placed], T], apart: 
     shares = list(zip(*(shares for _, shares in found), strict=True))
     facts = [
         RunFacts(
-            path=path,
+            path=journal.path,
             manifest=manifest,
             number=sum(share.number for share in shared),
             schemas=tuple(sorted({schema for share in shared for schema in share.schemas})),
-            torn=is_torn(whole_journal(path)),
+            torn=is_torn(journal),
         )
-        for path, manifest, shared in zip(paths, manifests, shares, strict=True)
+        for journal, manifest, shared in zip(journals, manifests, shares, strict=True)
     ]
     return [made for made, _ in found], Whole(runs=tuple(facts), at=partial(_read_again, paths))
 
 
-def _read_and_make(paths: Sequence[Path], number: int, processes: int, make: Callable[[Placed], T], apart: bool, pipe: Connection) -> None:
+def _read_and_make(
+    journals: Sequence[Stretch], number: int, processes: int, make: Callable[[Placed], T], apart: bool, pipe: Connection
+) -> None:
     """All processes see all lines, so that they agree about whose each is, and read their own."""
-    mine = partial(_mine, paths, number, processes)
-    try:
-        shares = [_Share() for _ in paths]
-        made = make(_unmerged(mine(shares), apart))
-    except _Replaced:
-        shares = [_Share() for _ in paths]
-        made = make(_merged(mine(shares), apart))
-    pipe.send((made, shares))
+    found: tuple[T, list[_Share]] | None = None
+    with suppress(_Replaced):
+        shares = [_Share() for _ in journals]
+        found = make(_unmerged(_mine(journals, number, processes, shares), apart)), shares
+    if found is None:
+        shares = [_Share() for _ in journals]
+        found = make(_merged(_mine(journals, number, processes, shares), apart)), shares
+    pipe.send(found)
     os._exit(0)  # without taking apart what was made
 
 
-def _mine(paths: Sequence[Path], number: int, processes: int, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record, int]]:
+def _mine(journals: Sequence[Stretch], number: int, processes: int, shares: Sequence[_Share]) -> Iterator[tuple[Place, Record, int]]:
     """With a number that equal cases have in common. Raises RecordError where it is not certain that no other process has one of their
     layers."""
     dealer, read = _Dealer(number, processes), reader()
-    for which, path in enumerate(paths):
+    for which, journal in enumerate(journals):
         share = shares[which]
-        for offset, record in read_some(path, dealer.is_mine, read):
+        for offset, record in read_some(journal, dealer.is_mine, read):
             case = dealer.number_of(record.case)
             share.number += 1
             share.schemas.add(record.schema)

@@ -205,9 +205,7 @@ def _count(found: Digest, place: Place, record: Record, kinds: dict[tuple[object
         spent = found.spent.get(backend)
         if spent is None:
             spent = found.spent[backend] = Spent(place)
-        elif place < spent.first:
-            spent.first = place
-        spent.count(record.phases_s)
+        spent.count(place, record.phases_s)
 
 
 def _count_flags(found: Digest, place: Place, record: Record) -> None:

@@ -87,7 +87,8 @@ def of_grid(family: Family, grid: Grid, name: str, baseline: str | None) -> list
         return []
     found = [_latency(family, grid, name)]
     base = grid.base(baseline)
-    if base is not None and contested(grid):
+    others = [name for name in grid.backends if name != base]
+    if base is not None and any(tokens and grid.times_as_fast(tokens, other, base) for tokens in grid.rows for other in others):
         found.append(_speed_up(family, grid, name, base))
     if any(point.roof_share is not None and point.counts for point in grid.points):
         found.append(_roof_share(family, grid, name))

@@ -15,6 +15,7 @@ from moebench.record import ClockName, L2State, Record, Scope
 from moebench.reports.grid import Family, families, layer_name, layer_order, method_name
 
 MOST_LAYERS = 60  # of 15 token counts and 6 backends: 5400 rows, and more tables than anybody reads
+UNITS = 10**15  # of a logarithm of 1
 WHERE_ALL_ARE = "results.csv of a run's directory, and moebench report --format csv or json, have every row"
 
 Order = tuple[tuple[str, str, int, int, int, int, str, int], Place]  # of layers, then of rows in one
@@ -126,7 +127,7 @@ class Shown:
 class _Tally:
     compared: int = 0
     fastest: int = 0
-    logs: float = 0.0  # sum of those of the ratios
+    logs: int = 0  # sum of those of the ratios, in 1 / UNITS: whole numbers have one sum in whatever order they are added
 
 
 @dataclass(kw_only=True)
@@ -160,7 +161,7 @@ class Standings:
                 tally = table.backends[backend]
                 tally.compared += 1
                 tally.fastest += time_us == lowest
-                tally.logs += log(time_us / lowest)
+                tally.logs += round(log(time_us / lowest) * UNITS)
 
     def join(self, other: Standings) -> None:
         for key, theirs in other.tables.items():
@@ -182,7 +183,7 @@ class Standings:
                 backend=backend,
                 compared=tally.compared,
                 fastest=tally.fastest,
-                mean_ratio=exp(tally.logs / tally.compared),
+                mean_ratio=exp(tally.logs / UNITS / tally.compared),
             )
             for (layer, device, scope, _, act_dtype, how), table in sorted(self.tables.items(), key=lambda item: item[1].first)
             for backend, tally in sorted(table.backends.items(), key=lambda item: (item[1].logs / item[1].compared, item[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, isnan
+from math import inf, isfinite, isnan
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from moebench.case import Case
@@ -255,20 +255,48 @@ class Sensors:
         return sorted(self.reasons, key=self.reasons.__getitem__)
 
 
+NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Phase:
+    """How long one took, in whole nanoseconds: their sum is the same in whatever order they are added."""
+
+    first: tuple[Place, int]  # with its number in that record
+    ns: int
+
+
 @dataclass(slots=True)
 class Spent:
-    """Seconds that the workers of a backend spent, by phase."""
+    """The time that the workers of a backend spent, by phase."""
 
     first: Place
-    phases_s: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    def count(self, place: Place, phases_s: dict[str, float]) -> None:
+        if place < self.first:
+            self.first = place
+        for number, (name, spent_s) in enumerate(phases_s.items()):
+            self._add(name, (place, number), round(spent_s * NS) if isfinite(spent_s) else 0)
 
     def join(self, other: Spent) -> None:
         self.first = min(self.first, other.first)
-        self.count(other.phases_s)
+        for name, phase in other.phases.items():
+            self._add(name, phase.first, phase.ns)
 
-    def count(self, phases_s: dict[str, float]) -> None:
-        for name, spent_s in phases_s.items():
-            self.phases_s[name] = self.phases_s.get(name, 0.0) + spent_s
+    def _add(self, name: str, first: tuple[Place, int], ns: int) -> None:
+        known = self.phases.get(name)
+        if known is None:
+            self.phases[name] = Phase(first, ns)
+            return
+        known.ns += ns
+        if first < known.first:
+            known.first = first
+
+    @property
+    def phases_s(self) -> dict[str, float]:
+        """In the order in which they come up."""
+        return {name: phase.ns / NS for name, phase in sorted(self.phases.items(), key=lambda item: item[1].first)}
 
 
 def _place(one: tuple[Place, object]) -> Place:

@@ -48,7 +48,7 @@ class Setbacks:
         timed = {_point(row, row.backend): row for row in layer.rows}
         for row in timed.values():
             untuned = timed.get(_point(row, row.backend + UNTUNED))
-            if untuned is not None and row.median_us > NOTABLE * untuned.median_us:
+            if untuned is not None and row.median_us > NOTABLE * untuned.median_us > 0:
                 found = Setback(
                     backend=row.backend,
                     case=row.case,

@@ -222,6 +222,11 @@ def test_environment_lists_only_what_differs_and_clocks_from_telemetry():
     ]
 
 
+def test_every_cell_of_one_round_has_an_interval_whatever_its_case_hashes_to():
+    rows = [timed("a", 1, 100.0, seed=seed) for seed in (-1, -2, 0, 2**61 - 1)]  # hash(-1) == hash(-2)
+    assert [cell.ratio.low is not None for cell in compare(rows, rows).cells] == [True] * 4
+
+
 def test_one_round_is_said_to_be_within_one_process_and_two_are_not():
     alone = compare([timed("a", 1, 100.0)], [timed("a", 1, 90.0)])
     assert "intervals are within one process" in screen(alone)

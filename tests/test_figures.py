@@ -293,3 +293,8 @@ def test_ticks_that_would_touch_are_left_out_and_the_last_one_stays():
     shown = [text for text in texts(figures.album(crowded).figures[0], NARROW) if text.isdigit()]
     assert shown[shown.index("40") - 1] == "30"
     assert "39" not in shown
+
+
+def test_a_baseline_that_nobody_was_timed_beside_has_no_speed_ups():
+    records = [timed("a", m, 10.0) for m in (1, 2, 4)] + [timed(name, m, us) for m in (8, 16) for name, us in (("b", 10.0), ("c", 20.0))]
+    assert named(figures.album(records)) == ["latency-gpt-oss-20b", "numerics"]

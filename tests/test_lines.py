@@ -158,6 +158,7 @@ NAMED = f'"kernels":{json.dumps([asdict(kernel) for kernel in KERNELS], separato
         (NAMED, NAMED.replace("cutlass", "CUTLASS", 1), "others"),
         (NAMED, f'{NAMED},"kernels":[]', ()),
         (NAMED, f'"kernels":[],{NAMED}', KERNELS),
+        (NAMED, f'{NAMED},"k\\u0065rnels":[]', ()),
         (NAMED, f"{NAMED}0", None),
         (NAMED, f"{NAMED}[]", None),
         (NAMED, NAMED[:-1], None),

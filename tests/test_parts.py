@@ -48,7 +48,9 @@ def rows(seeds, factor=1.0):
             scale = factor * (1 + 0.01 * seed + 0.001 * ((number * 7 + seed) % 5))
             timing = row.timing and replace(row.timing, samples_us=tuple(scale * sample for sample in row.timing.samples_us))
             error = row.error and replace(row.error, rel_l2=row.error.rel_l2 * (1 + 0.1 * seed), worst=row.error.worst * (1 + number % 3))
-            found.append(replace(row, case=replace(row.case, seed=seed), timing=timing, error=error, phases_s={"check": 0.5, "time": seed}))
+            phases_s = {"check": 0.05 * number, "time": 0.35 * seed}
+            phases_s = {"jit": 0.15} | phases_s if number % 3 else phases_s | {"last": 0.1}
+            found.append(replace(row, case=replace(row.case, seed=seed), timing=timing, error=error, phases_s=phases_s))
     found.append(full("a", 4, 50.0, seed=40, flags={"unsettled": "<b>", "own": "x"}, record={"facts": {"padded_hidden": 2944, "x": 1.25}}))
     Random(1).shuffle(found)
     return timed(found)
@@ -223,6 +225,47 @@ def test_a_process_that_is_gone_is_no_reason_to_have_no_report(tmp_path, runs, t
     one = alone(tmp_path, "policy", runs[0])
     three = called(SEVERAL.replace("main()\n", f"{trouble}\nmain()\n"), tmp_path, "policy", runs[0])
     assert (three.returncode, three.stderr, three.stdout) == (0, "left to one\n", one.stdout)
+
+
+def test_what_is_appended_while_a_journal_is_read_is_left_out(tmp_path):
+    run = write(tmp_path / "run", ROWS[:-20])
+    with (tmp_path / "more").open("wb") as file:
+        file.writelines((write(tmp_path / "all", ROWS) / JOURNAL).read_bytes().splitlines(keepends=True)[-20:])
+    growing = """
+def grow(journal, count):
+    with (journal.path / "journal.jsonl").open("ab") as file:
+        file.write(open("more", "rb").read())
+    return around(journal, count)
+around, parts.lines_around = parts.lines_around, grow
+"""
+    for words in (("report", "--format", "md", run), ("policy", "--format", "json", run)):
+        before = (run / JOURNAL).read_bytes()
+        one, three = alone(tmp_path, *words), called(SEVERAL.replace("main()\n", f"{growing}main()\n"), tmp_path, *words)
+        assert (three.returncode, three.stderr, three.stdout) == (0, "read by 3\n", one.stdout)
+        assert len((run / JOURNAL).read_bytes()) > len(before)
+        (run / JOURNAL).write_bytes(before)
+
+
+@pytest.mark.parametrize("style", ["html", "md"])
+def test_a_journal_that_is_changed_while_it_is_read_is_an_error_in_a_sentence(tmp_path, style):
+    run = write(tmp_path / "run", ROWS)
+    changing = f"""
+def again(paths, places):
+    os.truncate({str(run / JOURNAL)!r}, 5000)
+    return read_again(paths, places)
+read_again, parts._read_again = parts._read_again, again
+"""
+    done = called(SEVERAL.replace("main()\n", f"{changing}main()\n"), tmp_path, "report", "--format", style, run)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr == f"read by 3\nerror: {run / JOURNAL} was changed by somebody while it was read; try it again\n"
+
+
+def test_a_journal_that_ends_in_anything_but_lines_is_left_to_one_process_at_once(tmp_path):
+    run = write(tmp_path / "run", ROWS)
+    with (run / JOURNAL).open("ab") as file:
+        file.write(b"\0" * (40 << 20))
+    one, three = alone(tmp_path, "policy", run), called(SEVERAL, tmp_path, "policy", run)
+    assert (three.stderr, three.stdout) == (f"left to one\n{one.stderr}", one.stdout)
 
 
 def test_two_contracts_of_one_cell_take_nobodys_place(tmp_path):

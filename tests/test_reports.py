@@ -267,6 +267,7 @@ def test_the_worst_setback_comes_first_and_variants_have_untuned_ones_too():
     found = tuning.setbacks(records, most=2)
     assert [(s.backend, s.case.num_tokens) for s in found.shown] == [("x@pad", 8), ("x@pad", 16)]
     assert (found.shown[0].ratio, found.number) == (1.5, 3)
+    assert tuning.setbacks([ok("x", 4, 10.0), ok("x@untuned", 4, 0.0)], most=2).number == 0
     assert "3 points, worst x@pad tiny M=8, 1.50x" in screen(terminal.summary(records))
 
 

@@ -66,6 +66,8 @@ def report(runs: tuple[Path, ...], style: str | None, out: Path | None, plots: P
             for path in _draw(found, plots, baseline):
                 click.echo(f"figure: {path}", err=True)
         _write([_page(found, style, baseline, figures)] if found and not loaded else _table(loaded, style), out)
+    except RecordError as error:
+        fail([str(error)], UNREADABLE)
     except OSError as error:
         fail([f"{error.filename}: {error.strerror}"], STORAGE)
     if out is not None:
