@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from moebench.record import Record
+from moebench.case import Case
+from moebench.record import Record, Scope
 from moebench.reports.grid import DAGGER, rank_name
 from moebench.reports.layers import WHERE_ALL_ARE
 from moebench.reports.markup import Child, Html, join, tag
@@ -121,9 +123,13 @@ def _align(column: str) -> str | None:
 
 def _layer(record: Record) -> str:
     """What differs from a plain layer of its model, but for tokens and rank, which have columns of their own."""
-    case = record.case
+    return _layer_of(record.case, record.scope)
+
+
+@lru_cache(maxsize=4096)  # asked for three times a row
+def _layer_of(case: Case, scope: Scope) -> str:
     words = [word for word in case.label.split(" ") if not word.startswith(("M=", "ep=", "tp="))]
     words += [f"EP {case.ep_size}"] if case.ep_size > 1 else []
     words += [f"TP {case.tp_size}"] if case.tp_size > 1 else []
-    words += ["from router logits"] if record.scope == "layer" else []
+    words += ["from router logits"] if scope == "layer" else []
     return " ".join(words)
