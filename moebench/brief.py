@@ -15,7 +15,6 @@ from moebench.record import Contract, Record, Scope, Status, Timing
 
 LEAST_SAMPLES = 6  # lowest to highest of fewer covers the median with less than 95 %: 1 - 2 * 0.5 ** 5 = 0.94
 
-
 Within = tuple[float, float]  # how far the 95 % interval of the median reaches below and above, as logarithms
 Samples: TypeAlias = "array[float]"
 
